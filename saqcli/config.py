@@ -407,6 +407,15 @@ class QuantizationSection(_Section):
     ] = False
     clip_init: Literal["error", "output", "paper"] = "error"
     error_power: Annotated[float, Field(ge=1, le=4)] = 2.0
+    short_steps: Annotated[
+        Annotated[int, Field(ge=1, le=8)] | None,
+        Option(
+            "Most significant bits of every step, 1 to 8: sums become exact in float32, and files of style qdq equal "
+            "PyTorch to the last bit; folds batch norms into weights",
+            "BITS",
+            least=1,
+        ),
+    ] = None
     quantize_attention: Annotated[
         bool,
         Option("Also quantize and count the products of attention (queries, keys, probabilities, values)"),
@@ -440,6 +449,7 @@ class QuantizationSection(_Section):
             "weight_quantizer": None,
             "activation_quantizer": None,
             "error_power": 2.0,
+            "short_steps": None,
             "balance_norms": False,
             "compensate": False,
         }

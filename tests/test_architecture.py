@@ -58,7 +58,7 @@ FAMILIES = {
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),
         *("integer_bias", "integer_graph"),
-        *("exact_form", "integers", "ordered", "restore", "safetensors"),
+        *("exact_form", "exact_sums", "integers", "ordered", "restore", "safetensors"),
     },
     "quant/quantizers": {"base", "ranges"},
 }

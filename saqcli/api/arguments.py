@@ -24,6 +24,7 @@ def scheme_of(
     clip_init: ClipInit = "error",
     error_power: float = SQUARED,
     target: Target | None = None,
+    short_steps: int | None = None,
 ) -> Scheme:
     """The quantizers that the keywords of a public function name.
 
@@ -39,6 +40,7 @@ def scheme_of(
         "weight_normalization": weight_normalization,
         "clip_init": clip_init,
         "error_power": error_power,
+        "short_steps": short_steps,
     }
     if target is not None:
         given["target"] = target.name

@@ -214,6 +214,7 @@ def metadata_of(model: nn.Module) -> ModelMetadata:
         routed=found.traced.routed,
         products=dict(found.products),
         junctions=found.junctions,
+        absorbed=convert.absorbed_norms(model),
         class_names=about.class_names if len(about.class_names) == classes else (),
         folders=dict(about.folders) if named or about.build is None else {},
         class_order=about.class_order if named or about.build is None else "",
@@ -264,7 +265,12 @@ def _described(
     )
     attach(plain, about)
     ready = prepare(plain, None, example, inputs, None, inplace=True)
-    network = float_network(ready.model, ready.example, quantize_attention=bool(metadata.products))
+    network = float_network(
+        ready.model,
+        ready.example,
+        quantize_attention=bool(metadata.products),
+        fold_norms=bool(metadata.absorbed),
+    )
     found = Quantization(
         metadata.scheme,
         ready.example.first(),

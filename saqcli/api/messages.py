@@ -42,7 +42,7 @@ _SAME = {
         *("quantization.pins", "quantization.quantizer", "quantization.weight_quantizer"),
         *("quantization.activation_quantizer", "quantization.weight_grid", "quantization.granularity"),
         *("quantization.weight_normalization", "quantization.quantize_attention"),
-        *("quantization.clip_init", "quantization.error_power"),
+        *("quantization.clip_init", "quantization.error_power", "quantization.short_steps"),
         "quantization.balance_norms",
         *("quantization.correct_bias", "quantization.recalibrate_bn", "inplace"),
     ),

@@ -58,6 +58,7 @@ def float_network(
     quantize_attention: bool = False,
     junctions: Iterable[str] = (),
     junction_bits: int = JUNCTION_BITS,
+    fold_norms: bool = False,
 ) -> Network:
     """Wrap and trace a float module, in place; layers whose outputs it returns are pinned, like the first one.
 
@@ -76,6 +77,7 @@ def float_network(
         quantize_attention=quantize_attention,
         junctions=junctions,
         junction_bits=junction_bits,
+        fold_norms=fold_norms,
     )
 
 

@@ -68,6 +68,7 @@ def quantize_model(
     weight_normalization: bool = False,
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
+    short_steps: int | None = None,
     quantize_attention: bool = False,
     target: str | Target | None = None,
     junctions: Iterable[str] = (),
@@ -115,6 +116,8 @@ def quantize_model(
         clip_init: levels start at the least quantization ``error``, at the least error of each layer's ``output``, or
             as in the SAQ ``paper``.
         error_power: exponent p of the quantization error, the sum of |e|**p, 1 to 4.
+        short_steps: most significant bits of every step, 1 to 8, so that sums are exact in float32 and files of style
+            ``qdq`` equal PyTorch to the last bit; batch norms are folded into the layers before them.
         quantize_attention: also quantize products of activations.
         target: where the module will run: a name in ``saqcli.target.TARGETS``, a file of one, or a ``Target``. It adds
             the operators whose operands are quantized, and refuses what it cannot run.
@@ -167,6 +170,7 @@ def quantize_model(
         clip_init,
         error_power,
         place,
+        short_steps,
     )
     if export is not None:
         place.check_styles((export,))
@@ -179,6 +183,7 @@ def quantize_model(
         quantize_attention=quantize_attention,
         junctions=place.junctions or junctions,
         junction_bits=place.junction_bits,
+        fold_norms=short_steps is not None,
     )
     try:
         chosen = None if searches else policy_of(network, bits=bits, policy=policy, pins=pins)

@@ -17,6 +17,7 @@ from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
 from saqcli.quant.layer import quantized_layers
+from saqcli.quant.short_steps.absorb import absorb_norms, absorbed_norms
 from saqcli.reconstruction import compensation
 from saqcli.reconstruction import reconstruct as loop
 from saqcli.reconstruction.block import BlockError
@@ -170,6 +171,8 @@ def _with_weights_of(module: nn.Module, float_model: nn.Module) -> nn.Module:
     try:
         if not quantized_layers(given):
             convert.wrap(given)
+        if absorbed_norms(module) and not absorbed_norms(given):
+            absorb_norms(given, quantization_of(module)[2].example)
         made.load_state_dict(given.state_dict())
     except (RuntimeError, UnsupportedModel) as error:
         raise ConfigError(

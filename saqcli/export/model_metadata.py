@@ -38,6 +38,8 @@ class ModelMetadata(BaseModel):
         routed: parents that multiply with their children's weights, and those children.
         products: quantized products of activations, and the layers whose input bits they have.
         junctions: quantized junctions; None without any, and then JSON does not have it.
+        absorbed: batch norms folded into layers before quantization, and these layers; JSON has it only where there are
+            some.
         class_names: names of all logits, by index; empty if unknown. Files of earlier versions may have only those of
             the training folders.
         folders: class folders of the training data and their labels; empty if unknown.
@@ -60,6 +62,7 @@ class ModelMetadata(BaseModel):
     routed: dict[str, list[str]]
     products: dict[str, str] = {}
     junctions: Junctions | None = None
+    absorbed: dict[str, str] = {}
     class_names: tuple[str, ...] = ()
     folders: dict[str, int] = {}
     class_order: str = ""
@@ -69,7 +72,10 @@ class ModelMetadata(BaseModel):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "junctions" or value is not None}
+        unused = {"junctions": None, "absorbed": {}}
+        return {
+            key: value for key, value in handler(self).items() if key not in unused or value != unused[key]
+        }
 
     @model_validator(mode="after")
     def _check_version(self) -> Self:

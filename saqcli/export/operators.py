@@ -237,7 +237,13 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         UnsupportedGrid: the quantizer of a weight has a table of levels.
     """
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for layer in quantized_layers(frozen).values():  # while all of them know their steps
+        if layer.short_steps is not None and (bias := layer._parameters.get("bias")) is not None:
+            layer._parameters["bias"] = nn.Parameter(
+                bias if (exact := layer.quantized_bias()) is None else exact, requires_grad=False
+            )
     for name, layer in quantized_layers(frozen).items():
+        layer.short_steps = None
         weights = layer.weight_quantizer
         if isinstance(weights, Quantizer):
             layer.weight_quantizer = FrozenWeight(

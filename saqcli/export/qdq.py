@@ -10,6 +10,9 @@ a separate Add, since a bias inside Conv or Gemm between quantized tensors is ro
 behind a float Clip; 8-bit weights whose products can saturate are UINT8 (``onnx_helpers``). A layer with full 8 bits on
 all sides has the pattern that ONNX Runtime runs on integers (``integer_kernels``).
 
+With short steps (``quant.short_steps``) float sums are exact, so that the file equals PyTorch bit for bit
+(``exact_sums``).
+
 Style ``qdq-vnni`` is the same file with INT8 weights, whose kernels are faster, but correct only on processors with
 VNNI or other than x86.
 """
@@ -17,6 +20,7 @@ VNNI or other than x86.
 import onnx_ir as ir
 
 from saqcli.export import onnx_helpers
+from saqcli.export.exact_sums import divide_sums, separate_additions
 from saqcli.export.integer_kernels import prepare_integer_kernels
 from saqcli.export.onnx_helpers import quantized
 from saqcli.export.style import OnnxStyle
@@ -27,14 +31,20 @@ class QdqExporter(OnnxStyle):
 
     name, description = "qdq", "read by most runtimes"
     tables = True
+    exact_sums = True
     saturating = False  # whether sums of two products may exceed 16 bits
 
     def prepare(self, graph: ir.Graph) -> None:
         """As in every style, and for integer kernels."""
         onnx_helpers.merge_inputs(graph)
         onnx_helpers.fold_norms(graph)
-        prepare_integer_kernels(graph)
+        if self.short_steps:
+            divide_sums(graph)
+        else:
+            prepare_integer_kernels(graph)
         onnx_helpers.split_bias(graph)
+        if self.short_steps:
+            separate_additions(graph)
 
     def quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
         """QuantizeLinear and DequantizeLinear; UINT8 where two activations are multiplied."""

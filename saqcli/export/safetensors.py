@@ -51,6 +51,7 @@ from saqcli.quant.junctions.sharing import Junctions
 from saqcli.quant.layer import QuantizedLayer, quantized_layers, stores_codes
 from saqcli.quant.products import OPERANDS, operand_name, split_name
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.short_steps.absorb import replace_norms
 from saqcli.serialization import json_text, parse_json, printable
 from saqcli.units import counted
 
@@ -428,6 +429,7 @@ def restore_structure(model: nn.Module, metadata: ModelMetadata) -> None:
             )
     modules = dict(model.named_modules())
     layers = convert.wrap(model)
+    replace_norms(model, metadata.absorbed)
     quantized = set(layers) & set(metadata.policy.layers)
     for parent, children in metadata.routed.items():
         if parent not in modules or not set(children) <= quantized:

@@ -116,6 +116,9 @@ class OnnxStyle:
             codes of ``form`` differ from those of the model.
         equals_twin: whether the proof fails if a file differs from its twin (``verify.twin``); otherwise the verdict
             reports it.
+        exact_sums: whether it keeps sums of short steps exact; the proof then looks for places that are not
+            (``verify.exactness``), and without any requires the logits of PyTorch bit for bit.
+        short_steps: whether the model that is being written has short steps; set by ``export``.
     """
 
     name: str = ""
@@ -132,6 +135,8 @@ class OnnxStyle:
     one_by_one: bool = False
     deployed: bool = False
     equals_twin: bool = False
+    exact_sums: bool = False
+    short_steps: bool = False
 
     def export(self, model: nn.Module, example: Tensor, path: Path, metadata: ModelMetadata) -> None:
         """Write ``path``.
@@ -145,6 +150,7 @@ class OnnxStyle:
         Raises:
             UnsupportedModel: the model cannot be traced by ``torch.export``, or the style cannot express it.
         """
+        self.short_steps = metadata.scheme.short_steps is not None
         model_graph = tracing.onnx_graph(self.form(frozen_copy(model), example), example)
         self._check_limits(model_graph.graph)
         self.lower(model_graph)

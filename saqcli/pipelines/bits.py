@@ -242,6 +242,7 @@ def scheme_of(config: RunConfig) -> Scheme:
         weight_quantizer=wanted.weight_quantizer,
         activation_quantizer=wanted.activation_quantizer,
         error_power=wanted.error_power,
+        short_steps=wanted.short_steps,
         target=find_deployment(wanted.target).name,
     )
 

@@ -288,11 +288,8 @@ def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
             f"`training.distill` needs a trained float model, but weights of {loaded.name}, or of its classifier, "
             "are random: use `model.weights=FILE` with all weights, or remove `training.distill`"
         )
-    network = wrap_and_trace(
-        loaded,
-        quantize_attention=config.quantization.quantize_attention,
-        target=config.quantization.target,
-    )
+    section = config.quantization
+    network = wrap_and_trace(loaded, section)
     if given_policy(config.quantization, network) is None:
         space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
     return network

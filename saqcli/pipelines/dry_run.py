@@ -76,7 +76,7 @@ def plan(
     images = _images(config, loaded, verb, device, progress)
     section = config.quantization
     if verb == "search":
-        network = wrap_and_trace(loaded, quantize_attention=section.quantize_attention, target=section.target)
+        network = wrap_and_trace(loaded, section)
     else:
         network = network_for(config, loaded)
         check_exports(config, network, progress)

@@ -80,7 +80,9 @@ def profile(
         return measure(network, config, space_of_candidates(network, candidates))
     if not pretrained or section.weights is not None:  # costs do not depend on published weights
         section = section.model_copy(update={"pretrained": False})
-    network = wrap_and_trace(load_float(section, progress), quantize_attention=quantize_attention)
+    network = wrap_and_trace(
+        load_float(section, progress), QuantizationSection(quantize_attention=quantize_attention)
+    )
     if policy is not None:
         config = read_policy(str(policy), network)
     elif bits is not None:
@@ -99,7 +101,7 @@ def _quantized(target: Target, builder: str | None, progress: Progress) -> tuple
         path = run.safetensors_path
     assert path is not None
     loaded, metadata = open_from_metadata(path, own)
-    network = wrap_and_trace(loaded, quantize_attention=bool(metadata.products))
+    network = wrap_and_trace(loaded, QuantizationSection(quantize_attention=bool(metadata.products)))
     return network, in_order(metadata.policy, network, str(path))
 
 
@@ -110,5 +112,5 @@ def _of_settings(run: RunDirectory, own: OwnNetwork | None, progress: Progress) 
     config = run.config()
     check_named(config.model.name, own, str(run.path))
     loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
-    network = wrap_and_trace(loaded, quantize_attention=config.quantization.quantize_attention)
+    network = wrap_and_trace(loaded, config.quantization)
     return network, read_policy(str(run.path), network)

@@ -123,11 +123,7 @@ def open_proxy(
         check_trains(
             loaded.model, loaded.name, loaded.preprocessing, config, images=images.train.images, limits={}
         )
-    small = wrap_and_trace(
-        loaded,
-        quantize_attention=config.quantization.quantize_attention,
-        target=config.quantization.target,
-    )
+    small = wrap_and_trace(loaded, config.quantization)
     small.model.to(device)
     names, wanted = ([layer.name for layer in each.costs.layers] for each in (small, network))
     float_policy(network).check_fits(f"{small.name} as it is built for the proxy", names)

@@ -140,14 +140,13 @@ def prepare_search(
     config: RunConfig, device: torch.device, progress: Progress
 ) -> tuple[Network, Images | None]:
     """The network and its training images; with a proxy, neither images nor published weights are needed."""
-    attention, target = config.quantization.quantize_attention, config.quantization.target
     if config.search.proxy is not None:
         section = config.model.model_copy(update={"pretrained": False})
-        network = wrap_and_trace(load_float(section, SILENT), quantize_attention=attention, target=target)
+        network = wrap_and_trace(load_float(section, SILENT), config.quantization)
         return network, None
     loaded = load_seeded(config, progress)
     images = images_of_search(config, loaded, device, progress)
-    network = wrap_and_trace(loaded, quantize_attention=attention, target=target)
+    network = wrap_and_trace(loaded, config.quantization)
     network.model.to(device)
     return network, images
 

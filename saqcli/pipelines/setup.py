@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from saqcli.api.models import open_float
-from saqcli.config import DataSection, ModelSection, RunConfig
+from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images, open_named
 from saqcli.errors import UnsupportedModel
@@ -23,7 +23,7 @@ from saqcli.quant.tracer import try_model
 from saqcli.random_state import seed_everything
 from saqcli.searchers import SEARCHERS
 from saqcli.serialization import named_path
-from saqcli.target import PAPER, find_deployment
+from saqcli.target import find_deployment
 from saqcli.tasks.class_names import ORDERS
 from saqcli.tasks.classification import check_output
 from saqcli.tasks.labels import Classes
@@ -70,17 +70,19 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     return loaded
 
 
-def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False, target: str = PAPER) -> Network:
+def wrap_and_trace(loaded: LoadedModel, section: QuantizationSection | None = None) -> Network:
     """Wrap the model in place and trace it with one random image of its input size.
 
-    With ``quantize_attention`` products of two activations are quantized, and counted, too. ``target``, a name or a
-    file, decides which other operators are quantized.
+    Args:
+        loaded: the float model.
+        section: says whether attention is quantized, for which target, and whether norms are folded; None for defaults.
 
     Raises:
         ConfigError: there is no such target.
         UnsupportedModel: it has nothing to quantize, or does not give class scores for such an image.
     """
-    place, generator = find_deployment(target), torch.Generator().manual_seed(0)
+    section = section or QuantizationSection()
+    target, generator = find_deployment(section.target), torch.Generator().manual_seed(0)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
     convert.wrap(loaded.model)
     with explain_unsupported(loaded.name):
@@ -89,9 +91,11 @@ def wrap_and_trace(loaded: LoadedModel, *, quantize_attention: bool = False, tar
             example,
             loaded.name,
             loaded.classifiers,
-            quantize_attention=quantize_attention,
-            junctions=place.junctions,
-            junction_bits=place.junction_bits,
+            quantize_attention=section.quantize_attention,
+            junctions=target.junctions,
+            junction_bits=target.junction_bits,
+            count_junctions=target.count_junctions,
+            fold_norms=section.short_steps is not None,
         )
         check_output(found.traced.outputs, 1)
     return Network(**vars(found), loaded=loaded)

@@ -262,3 +262,4 @@ def _start(quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool) -
         quantizer.fit_as_published(x, linear=linear)
     else:
         quantizer.fit(x)
+    quantizer.settle(x)

@@ -36,10 +36,13 @@ from saqcli.quant.products import (
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.routing import RoutedParent, routed_class, tell_no_route, tell_route
+from saqcli.quant.short_steps.absorb import absorbed_norms as absorbed_norms
+from saqcli.quant.short_steps.rounding import MOST_BITS
 from saqcli.quant.wrapping import reason_for_float, unwrap_layer, wrap_layer
 from saqcli.target import PAPER
 
 ErrorPower = Annotated[float, Field(ge=1, le=4)]
+ShortSteps = Annotated[int, Field(ge=1, le=MOST_BITS)]
 
 
 class Scheme(BaseModel):
@@ -58,6 +61,8 @@ class Scheme(BaseModel):
         error_power: exponent p of the quantization error, sum |e|**p.
         target: name of the target that it was chosen for (``saqcli.target``). JSON has this and the three before only
             if they are set.
+        short_steps: most significant bits of every step, with norms folded into weights, so that sums are exact in
+            float32 (``short_steps``); None for all bits, and then not in JSON.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +76,7 @@ class Scheme(BaseModel):
     activation_quantizer: str | None = None
     error_power: ErrorPower = SQUARED
     target: str = PAPER
+    short_steps: ShortSteps | None = None
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -79,6 +85,7 @@ class Scheme(BaseModel):
             "activation_quantizer": None,
             "error_power": SQUARED,
             "target": PAPER,
+            "short_steps": None,
         }
         return {
             key: value
@@ -370,6 +377,7 @@ def install(
     config.check_fits(config.model, list(layers))
     signed = common_signs(model, signed)
     for name, layer in layers.items():
+        layer.short_steps = scheme.short_steps
         bits = config.layers[name]
         more = list((options or {}).get(name, ()))
         if bits.weight is not None and layer.tied_to:
@@ -423,6 +431,8 @@ def set_bits(layer: QuantizedLayer, bits: LayerBits) -> None:
     if bits.activation is not None:
         for product in layer.followers:
             product.select(bits.activation)
+    if layer.short_steps is not None:
+        layer.allot_step_bits()
 
 
 def fold(model: nn.Module) -> None:

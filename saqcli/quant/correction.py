@@ -11,6 +11,9 @@ and running statistics:
 Corrections follow the order of execution: within a batch, every measurement includes the corrections of earlier layers.
 They are averaged over batches; with a single batch the means of outputs agree afterwards, except for rounding.
 
+A norm that a layer has absorbed (``short_steps.absorb``) is corrected in that layer: its weight and levels times the
+ratio of the deviations, sqrt(V_f[y] / V_q[y]), its bias such that the means agree.
+
 Differences of paired measurements need few images, which may differ from those of the running statistics (augmented
 images, other crops). Re-estimating the statistics, as ``reestimate_batch_norms`` does, is sensitive to both.
 
@@ -18,6 +21,7 @@ Source: bias correction is that of Nagel et al., arXiv:1906.04721, section 4.2, 
 for batch norms is ours.
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +36,11 @@ from saqcli.quant.calibration import in_floating_point
 from saqcli.quant.calls import Call
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers
 from saqcli.quant.routing import WeightRecorder
+from saqcli.quant.short_steps.absorb import absorbed_norms
+from saqcli.quant.short_steps.rescaling import can_rescale, rescale, tensors_of
 
+LEAST_VARIANCE = 1e-5  # of a channel, relative to their mean, that is told from 0
+TINY = 1e-30
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -43,7 +51,8 @@ def correct(model: nn.Module, batches: Iterable[Tensor | Call], *, biases: bool,
         model: quantized, levels fitted; its mode is restored.
         batches: images, (N, C, H, W), or other calls, on the model's device.
         biases: correct the bias of every layer; without a bias, the mean of a batch norm that follows directly.
-        norms: correct mean and variance of every batch norm.
+        norms: correct mean and variance of every batch norm; those of one that a layer has absorbed, by its
+            weight and bias.
     """
     Corrections(model, biases=biases, norms=norms)(batches)
 
@@ -71,23 +80,37 @@ class Corrections:
         for tensor, before in self._uncorrected:
             tensor.copy_(before)
         places = _Places(model, biases=self.biases, norms=self.norms)
+        calls: Iterable[Call] = map(Call.of, batches)
+        if places.scaled:  # measured twice
+            calls = list(calls)
         with in_eval_mode(model):
-            for index, batch in enumerate(map(Call.of, batches)):
-                if index == len(self._in_float):
-                    with in_floating_point(model), _Pass(places) as in_float:
-                        batch.run(model)
-                    self._in_float.append(in_float)
-                with places.restored_statistics(), _Pass(places, self._in_float[index]):
-                    batch.run(model)
-                places.add_batch(batch.count)
+            self._measure(places, calls)
             places.apply()
+            if places.scaled:
+                means = places.of_scaled()
+                self._measure(means, calls)
+                means.apply()
+
+    def _measure(self, places: "_Places", calls: Iterable[Call]) -> None:
+        for index, batch in enumerate(calls):
+            if index == len(self._in_float):
+                with in_floating_point(self.model), _Pass(places) as in_float:
+                    batch.run(self.model)
+                self._in_float.append(in_float)
+            with places.restored_statistics(), _Pass(places, self._in_float[index]):
+                batch.run(self.model)
+            places.add_batch(batch.count)
 
 
 def correctable(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that a correction may change: biases of layers, running statistics of batch norms."""
+    """The tensors that a correction may change: biases of layers, running statistics of batch norms; of layers that
+    absorbed a norm, weights and levels too.
+    """
     for layer in quantized_layers(model).values():
         if (bias := bias_of(layer)) is not None:
             yield bias
+    for name in absorbed_norms(model).values():
+        yield from tensors_of(quantized_layers(model)[name])
     norms: list[Any] = [module for module in model.modules() if isinstance(module, BatchNorm)]
     for norm in norms:
         if norm.running_mean is not None:
@@ -121,9 +144,16 @@ class _Places:
     """The places that can be corrected, and the shifts measured so far."""
 
     def __init__(self, model: nn.Module, *, biases: bool, norms: bool) -> None:
-        layers = quantized_layers(model).values()
+        absorbed = set(absorbed_norms(model).values())
         self.biases = {
-            layer: (bias, _Average()) for layer in layers if biases and (bias := bias_of(layer)) is not None
+            layer: (bias, _Average())
+            for name, layer in quantized_layers(model).items()
+            if (biases or (norms and name in absorbed)) and (bias := bias_of(layer)) is not None
+        }
+        self.scaled = {
+            layer
+            for name, layer in quantized_layers(model).items()
+            if norms and name in absorbed and layer in self.biases and can_rescale(layer)
         }
         self.without_bias = biases and not norms
         self.all_norms = norms
@@ -132,6 +162,14 @@ class _Places:
             for module in model.modules()
             if isinstance(module, BatchNorm) and module.running_mean is not None and (norms or biases)
         }
+
+    def of_scaled(self) -> "_Places":
+        """The biases of the layers that were scaled: short steps are not exactly what the scales ask for."""
+        found = copy.copy(self)
+        found.biases = {layer: (self.biases[layer][0], _Average()) for layer in self.scaled}
+        found.norms, found.scaled = {}, set()
+        found.without_bias = found.all_norms = False
+        return found
 
     @contextmanager
     def restored_statistics(self) -> Iterator[None]:
@@ -149,9 +187,14 @@ class _Places:
             place.add_batch(images)
 
     def apply(self) -> None:
-        for bias, shift in self.biases.values():
-            if (moved := shift.mean()) is not None:
-                bias.add_(moved)
+        for layer, (bias, shift) in self.biases.items():
+            if (moved := shift.mean()) is None:
+                continue
+            if layer in self.scaled:
+                factors, moved = moved
+                rescale(layer, factors)
+                bias.mul_(factors)
+            bias.add_(moved)
         for norm, moments in self.norms.items():
             if (measured := moments.mean()) is not None:
                 self.correct_norm(norm, measured)
@@ -227,7 +270,7 @@ class _Pass(Interception):
     def __init__(self, places: _Places, in_float: "_Pass | None" = None) -> None:
         super().__init__(places.norms)
         self.places, self.in_float = places, in_float
-        self.outputs: dict[nn.Module, list[Tensor]] = {}
+        self.outputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.inputs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         # norms directly after a layer without bias, found in floating point
         self.mean_only: set[nn.Module] = set() if in_float is None else in_float.mean_only
@@ -242,14 +285,20 @@ class _Pass(Interception):
         bias, shift = self.places.biases[layer]
         if output.shape[channels] != len(bias):  # one part of an attention's projection
             return output
-        mean, _ = _moments(output, channels)
+        mean, variance = _moments(output, channels)
         seen = self.outputs.setdefault(layer, [])
-        seen.append(mean)
+        seen.append((mean, variance))
         if self.in_float is None:
             return output
-        moved = self.in_float.outputs[layer][len(seen) - 1] - mean
-        shift.current.append(moved)
-        return output + per_channel(moved, output, channels)
+        wanted, spread = self.in_float.outputs[layer][len(seen) - 1]
+        if layer not in self.places.scaled:
+            shift.current.append(wanted - mean)
+            return output + per_channel(wanted - mean, output, channels)
+        least = LEAST_VARIANCE * spread.mean()
+        factors = ((spread + least) / (variance + least).clamp_min(TINY)).sqrt()
+        moved = wanted - factors * mean
+        shift.current.append(torch.stack([factors, moved]))
+        return output * per_channel(factors, output, channels) + per_channel(moved, output, channels)
 
     def norm_input(self, norm: Any, x: Tensor) -> None:
         """Measure the input of a norm, and correct its statistics."""

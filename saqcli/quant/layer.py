@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.quant.bits import LayerBits
+from saqcli.quant.grid import LevelTable
 from saqcli.quant.junctions.places import Place
 from saqcli.quant.kernels.saved import rounded_again
 from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers.base import Quantizer
+from saqcli.quant.short_steps.rounding import bits_that_fit, rounded_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -50,6 +52,8 @@ class QuantizedLayer(nn.Module):
         requantizes: places of quantizers that its input passes first.
         original_dtype: dtype of a float layer that is not float32, else None; the quantized layer computes in float32
             and returns this dtype.
+        short_steps: most significant bits of the layer's steps, with which its bias lies on the grid of its sums; None
+            if neither is restricted.
     """
 
     float_class: type[nn.Module]
@@ -65,6 +69,7 @@ class QuantizedLayer(nn.Module):
     tensor_read: str
     requantizes: tuple[Place, ...]
     original_dtype: torch.dtype | None
+    short_steps: int | None
 
     def latent_weight(self) -> nn.Parameter:
         """The float weight that training updates."""
@@ -91,6 +96,49 @@ class QuantizedLayer(nn.Module):
             x = place.quantizer(x)
         quantized: Tensor = self.input_quantizer(x)
         return quantized
+
+    def quantized_bias(self) -> Tensor | None:
+        """The bias that the layer adds: the parameter, with short steps rounded to multiples of ``unit_of_sums``."""
+        bias = self._parameters["bias"]
+        unit = None if bias is None or self.short_steps is None else self.unit_of_sums()
+        if bias is None or unit is None:
+            return bias
+        return rounded_bias(bias, unit.repeat(len(bias) // len(unit)))
+
+    @torch.no_grad()
+    def unit_of_sums(self) -> Tensor | None:
+        """The steps of weights times that of the input, (channels,) or (1,); None where a grid is not uniform.
+
+        Groups of a transposed convolution share their channels' steps.
+        """
+        owner = self.tied_to[0] if self.tied_to else self
+        weights, inputs = owner.weight_quantizer, self.input_quantizer
+        if not (isinstance(weights, Quantizer) and isinstance(inputs, Quantizer) and stores_codes(self)):
+            return None
+        if isinstance(inputs.grid(), LevelTable):
+            return None
+        weights, _ = weights.fold(owner.latent_weight())
+        return weights.step().flatten() * inputs.step()
+
+    def allot_step_bits(self) -> None:
+        """Give the steps of weights and input their significant bits; to be called when bits change.
+
+        Products of activations that follow this layer get all bits that were asked for.
+        """
+        owner = self.tied_to[0] if self.tied_to else self
+        weights, inputs, most = owner.weight_quantizer, self.input_quantizer, self.short_steps
+        own: list[Any] = [weights, inputs]
+        for product in self.followers:
+            own += [product.input_quantizer, product.weight_quantizer]
+        for quantizer in own:
+            if isinstance(quantizer, Quantizer):
+                quantizer.step_bits = most
+        if most is not None and isinstance(weights, Quantizer) and isinstance(inputs, Quantizer):
+            weight = owner.latent_weight()
+            fan_in = weight.numel() // weight.shape[owner.channel_dim]
+            weights.step_bits, inputs.step_bits = bits_that_fit(
+                weights.largest_code(), inputs.largest_code(), fan_in, most
+            )
 
     @property
     def bits(self) -> LayerBits:

@@ -16,6 +16,7 @@ from saqcli.quant.junctions.kinds import check_kinds, chosen_kind
 from saqcli.quant.junctions.quantized import JUNCTION_BITS
 from saqcli.quant.junctions.sharing import JunctionOperands, Junctions
 from saqcli.quant.junctions.tensors import first_readers
+from saqcli.quant.short_steps.absorb import absorb_norms
 from saqcli.quant.tracer import Trace, trace
 
 
@@ -51,6 +52,7 @@ def trace_network(
     junctions: Iterable[str] = (),
     junction_bits: int = JUNCTION_BITS,
     count_junctions: bool = False,
+    fold_norms: bool = False,
 ) -> Network:
     """Trace a wrapped model on one sample, and prepare it for quantizers, in place.
 
@@ -66,12 +68,15 @@ def trace_network(
         junction_bits: of these operands.
         count_junctions: each number that a quantized junction gives is counted as one multiply-accumulate of these
             bits; by default junctions are free, as in the paper.
+        fold_norms: batch norms are folded into the layers in front of them first, for exact sums.
 
     Raises:
         ConfigError: there is no such kind.
         UnsupportedModel: it does not run on the sample, or with none of its layers.
     """
     kinds = check_kinds(junctions)
+    if fold_norms:
+        absorb_norms(model, example)
     traced = trace(model, example)
     convert.leave_float(model, traced.idle)
     for parent, children in traced.routed.items():

@@ -18,6 +18,15 @@ def _read_weight(layer: QuantizedLayer) -> Tensor:
     return record_weight(weight, layer)
 
 
+def _read_bias(layer: QuantizedLayer) -> Any:
+    if "bias" in layer._parameters:
+        return layer.quantized_bias()
+    found = next((each for each in (vars(layer), layer._buffers, layer._modules) if "bias" in each), None)
+    if found is None:
+        raise AttributeError(f"{layer.float_class.__name__} has no attribute bias")
+    return found["bias"]
+
+
 _classes: dict[type[nn.Module], type[QuantizedLayer]] = {}  # cache: one class per float class
 
 
@@ -33,6 +42,8 @@ def _make_class(float_class: type[nn.Module]) -> type[QuantizedLayer]:
     members: dict[str, Any] = {"float_class": float_class, "__module__": __name__, "__reduce_ex__": _reduce}
     if mixin is QuantizedLayer:
         members["weight"] = property(_read_weight)
+        if not hasattr(float_class, "bias"):
+            members["bias"] = property(_read_bias)
     return type(f"Quantized{float_class.__name__}", (mixin, float_class), members)
 
 
@@ -69,6 +80,7 @@ _ATTRIBUTES = (  # set by wrapping
         "tensor_read",
         "requantizes",
         "original_dtype",
+        "short_steps",
     ),
 )
 _RESERVED = (
@@ -80,6 +92,9 @@ _RESERVED = (
         "effective_weight",
         "quantized_weight",
         "quantized_input",
+        "quantized_bias",
+        "unit_of_sums",
+        "allot_step_bits",
         "bits",
         "channel_dim",
     ),
@@ -115,6 +130,7 @@ def wrap_layer(module: nn.Module) -> QuantizedLayer:
     module.perturbation = module.given_weight = module.given_from = None
     module.routed, module.tied_to, module.followers = False, (), ()
     module.tensor_read, module.requantizes = "", ()
+    module.short_steps = None
     module.original_dtype = None if dtype == torch.float32 else dtype
     return module
 

@@ -39,7 +39,7 @@ from saqcli.progress import SILENT, Progress
 from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.correction import Interception, bias_of, per_channel
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode
-from saqcli.reconstruction.rescaling import can_rescale, rescale
+from saqcli.quant.short_steps.rescaling import can_rescale, rescale
 
 SPREAD = 0.25  # prior deviation of a scale from 1
 LARGEST = 2.0  # scale; the smallest is its inverse

@@ -13,9 +13,12 @@ from saqcli._version import __version__
 from saqcli.errors import ConfigError, DataError
 from saqcli.export import STYLES
 from saqcli.export.operators import frozen_copy
+from saqcli.export.style import OnnxStyle
 from saqcli.progress import Progress
 from saqcli.quant import convert
+from saqcli.quant.layer import quantized_layers
 from saqcli.training.loop import Batches
+from saqcli.verify.exactness import Inexact, inexact_places
 from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers, moved_codes
 from saqcli.verify.runtime import onnx_session
@@ -53,12 +56,14 @@ def prove_graph(
     frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
+    inexact = _inexact_places(path, model, exporter)
+    exact = inexact is not None and not inexact
     deployed = exporter.form(frozen_copy(model), first[:2]).eval() if exporter.deployed else None
     if deployed is not None:
         model = deployed
-    runs = _sessions(path, one_by_one=exporter.one_by_one) | {PYTORCH: model}
+    runs = _sessions(path, one_by_one=exporter.one_by_one or exact) | {PYTORCH: model}
     form = exporter.form(frozen, first[:2]).eval() if exporter.bit_equal else None
-    reference = form if form is not None else _in_float64(model, first[:1])
+    reference = form if form is not None else model if exact else _in_float64(model, first[:1])
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
     for each in verdicts.values():
@@ -68,6 +73,7 @@ def prove_graph(
     verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
     if form is not None:
         verdict.bit_equal, verdict.accumulators = True, getattr(form, "accumulators", ())
+    verdict.inexact, verdict.bit_equal = inexact, verdict.bit_equal or exact
     few = first[:LAYERWISE_IMAGES]
     verdict.layerwise = check_layers(path, frozen if deployed is None else deployed, few, exporter.quantizers)
     if deployed is not None:
@@ -76,6 +82,13 @@ def prove_graph(
         verdict.twin = check_twin(path, frozen, few, exporter)
         verdict.equals_twin = exporter.equals_twin
     return verdict
+
+
+def _inexact_places(path: Path, model: nn.Module, style: OnnxStyle) -> tuple[Inexact, ...] | None:
+    """Where a file with short steps is not exact by construction; None for files that do not claim to be."""
+    if not style.exact_sums or all(layer.short_steps is None for layer in quantized_layers(model).values()):
+        return None
+    return tuple(inexact_places(onnx.load(str(path))))
 
 
 def _first_images(batches: Batches) -> Tensor:

@@ -33,6 +33,7 @@ from saqcli.progress import Progress
 from saqcli.serialization import json_text
 from saqcli.training.loop import Batches
 from saqcli.units import counted
+from saqcli.verify.exactness import Inexact
 from saqcli.verify.hazards import Hazard, summaries
 from saqcli.verify.layerwise import LARGEST_ERROR, LayerwiseCheck, MovedCodes
 from saqcli.verify.twin.check import TwinCheck
@@ -100,6 +101,8 @@ class Verdict:
         bit_equal: whether logits must be equal to the last bit.
         moved: codes by which the deployed form that the file is compared with differs from the trained model; None if
             it is the trained model.
+        inexact: places that keep a file with short steps from being exact by construction, none if it is; None for
+            other files.
         others: end-to-end comparison for the requested runtimes, by name; ``bit_equal`` does not apply.
         twin: comparison with the twin; None if the file computes nothing on codes.
         equals_twin: whether the file must equal the twin.
@@ -123,6 +126,7 @@ class Verdict:
     accumulators: tuple[Accumulator, ...] = ()
     bit_equal: bool = False
     moved: MovedCodes | None = None
+    inexact: tuple[Inexact, ...] | None = None
     others: "dict[str, Verdict]" = field(default_factory=dict)
     twin: TwinCheck | None = None
     equals_twin: bool = False
@@ -201,7 +205,14 @@ class Verdict:
             "twin": self.twin.figures() if self.twin is not None else None,
             "size_note": self.size_note,
             "explanation": self.explanation,
-        }
+        } | ({} if self.inexact is None else self._exactness())
+
+    def _exactness(self) -> dict[str, Any]:
+        """Whether a file with short steps is exact by construction, and where it is not."""
+        places = [
+            {"layer": each.layer, "node": each.node, "reason": each.reason} for each in self.inexact or ()
+        ]
+        return {"exact_by_construction": not places, "inexact": places}
 
 
 def _differing_layers(check: LayerwiseCheck) -> str:

@@ -48,7 +48,7 @@ NETWORK = (
 BITS = (
     "--activation-candidates --activation-quantizer --bops --budget --candidates --correct-bias --cost "
     "--granularity --max-drop --min-top1 --new-head --no-correct-bias --no-quantize-attention --no-recalibrate-bn "
-    "--target --no-weight-norm --pin --quantize-attention --quantizer --recalibrate-bn --searcher --size "
+    "--target --no-weight-norm --pin --quantize-attention --quantizer --recalibrate-bn --searcher --short-steps --size "
     "--weight-grid --weight-norm --weight-quantizer"
 )
 ACCEPTED = {

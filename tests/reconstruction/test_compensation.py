@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from saqcli.quant.convert import Scheme, wrap
 from saqcli.quant.layer import quantized_layers
+from saqcli.quant.short_steps.rescaling import can_rescale, rescale
 from saqcli.reconstruction.compensation import LARGEST, SPREAD, Moments, compensate
-from saqcli.reconstruction.rescaling import can_rescale, rescale
 from tests.support import tiny
 
 

@@ -44,6 +44,7 @@ from saqcli.quant.grid import (
 )
 from saqcli.quant.quantizers.base import Quantizer
 from saqcli.quant.quantizers.ranges import round_to_range, scale_gradient, values_per_image
+from saqcli.quant.short_steps.rounding import short_step
 
 
 class _Asymmetric(Quantizer):
@@ -73,7 +74,11 @@ class _Asymmetric(Quantizer):
 
     def step(self) -> Tensor:
         """The active step, differentiable."""
-        return self.step_size[self._active].abs().clamp_min(TINY)
+        return short_step(self.step_size[self._active].abs().clamp_min(TINY), self.step_bits)
+
+    def largest_code(self) -> float:
+        """The largest one that a lowest code allows."""
+        return float(self.top)
 
     def lowest(self) -> Tensor:
         """The lowest codes of the active candidate, as numbers in the dtype of the step."""

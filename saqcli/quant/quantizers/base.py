@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import ConfigError
-from saqcli.quant.clip_init import SQUARED, best_level
+from saqcli.quant.clip_init import SQUARED, best_level, reduce_to
 from saqcli.quant.grid import AnyGrid, LevelTable, WeightGrid, activations, codes_of, step_of, weights
 from saqcli.quant.kernels.choice import KernelKind
+from saqcli.quant.short_steps.rounding import neighbours, short_level, span
 
 Granularity = Literal["channel", "tensor"]
 
@@ -34,6 +35,8 @@ class Quantizer(nn.Module, ABC):
         granularities: the values of ``quantization.granularity`` that it supports.
         kernel: which kernel computes it (``kernels.use.use_kernels``); a plain attribute, in no state dict.
         error_power: exponent p of the error, sum |e|**p, that ``fit`` minimizes; a plain attribute as well.
+        step_bits: significant bits that the active step is rounded to, for exact sums (``short_steps``); None for all.
+            A plain attribute, set together with the bits.
         candidates: bit-widths to choose from, ascending; a single one if precision is fixed.
         shape: shape of one clipping level or step; broadcasts against the tensor.
     """
@@ -42,6 +45,7 @@ class Quantizer(nn.Module, ABC):
     granularities: ClassVar[tuple[Granularity, ...]] = ("channel", "tensor")
     kernel: KernelKind = "eager"
     error_power: float = SQUARED
+    step_bits: int | None = None
 
     @classmethod
     def weight_grid(cls, bits: int, kind: WeightGrid) -> AnyGrid:
@@ -82,6 +86,10 @@ class Quantizer(nn.Module, ABC):
         """The active codes."""
         return self.grids[self.bits]
 
+    def largest_code(self) -> float:
+        """The largest magnitude of an active code, in units of the power of two that divides all codes."""
+        return span(self.grids[self.bits])
+
     @abstractmethod
     def step(self) -> Tensor:
         """The active step, positive, in ``shape``; in the plain form ``value = step * code``."""
@@ -93,6 +101,30 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def fit(self, x: Tensor) -> None:
         """Fit the parameters of all candidates to ``x``."""
+
+    @torch.no_grad()
+    def settle(self, x: Tensor) -> None:
+        """Move the active steps, fitted to ``x``, to the better one of their two short neighbours.
+
+        Nearest is not best: a step that is too small clips, which costs more than rounding.
+        """
+        bits = self.step_bits
+        scales = [name for name in ("clipping_level", "step_size") if hasattr(self, name)]
+        if bits is None or not scales:
+            return
+        row = getattr(self, scales[0])[self._active]
+        fitted = row.clone()
+        try:
+            self.step_bits = None
+            step = self.step()
+        finally:
+            self.step_bits = bits
+        best, least = fitted, torch.full_like(fitted, torch.inf)
+        for short in neighbours(step, bits):
+            row.copy_(fitted * (short / step))
+            error = reduce_to((self(x) - x).abs_().pow_(self.error_power), self.shape, "sum")
+            best, least = torch.where(error < least, row, best), torch.minimum(error, least)
+        row.copy_(best)
 
     def fits(self) -> tuple[Callable[[Tensor], None], ...]:
         """The ways to fit it, among which ``clip_init`` as ``output`` chooses: ``fit``, and others of its own."""
@@ -154,7 +186,11 @@ class LevelQuantizer(Quantizer):
 
     def level(self) -> Tensor:
         """The active clipping level, differentiable, in ``shape``."""
-        return self.clipping_level[self._active]
+        return self.shortened(self.clipping_level[self._active])
+
+    def shortened(self, level: Tensor) -> Tensor:
+        """``level`` with a step of ``step_bits`` significant bits."""
+        return short_level(level, self.grid().highest, self.step_bits)  # type: ignore[arg-type]
 
     def step(self) -> Tensor:
         """The active step: the clipping level divided by the highest code."""

@@ -84,7 +84,8 @@ class NormalizedClipWeight(ClipWeight):
         """``x`` minus its mean, on the grid of level ``a * std(x)``."""
         x = full_precision(x)
         mean, deviation = _mean_and_deviation(x)
-        return fake_quantize(x - mean, self.level() * deviation, self.grid(), self.kernel)
+        level = self.shortened(self.clipping_level[self._active] * deviation)
+        return fake_quantize(x - mean, level, self.grid(), self.kernel)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -109,6 +110,7 @@ class NormalizedClipWeight(ClipWeight):
         plain = self.plain(self.grids, self.shape).to(self.clipping_level)
         plain.clipping_level.copy_(self.clipping_level * deviation)
         plain.select(self.bits)
+        plain.step_bits = self.step_bits
         return plain, weight - mean
 
 

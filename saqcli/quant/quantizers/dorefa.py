@@ -105,6 +105,7 @@ class TanhWeight(LevelQuantizer):
         plain = FixedLevel(self.grids, self.shape).to(self.clipping_level)
         plain.clipping_level.copy_(self.clipping_level)
         plain.select(self.bits)
+        plain.step_bits = self.step_bits
         return plain, self(weight)
 
 

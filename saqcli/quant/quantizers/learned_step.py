@@ -54,6 +54,7 @@ from saqcli.quant.clip_init import best_level, best_range
 from saqcli.quant.grid import TINY, AnyGrid, Grid, fake_quantize, full_precision, step_of
 from saqcli.quant.quantizers.base import Quantizer
 from saqcli.quant.quantizers.ranges import lowest_code, round_to_range, scale_gradient, values_per_image
+from saqcli.quant.short_steps.rounding import short_level, short_step
 
 
 class LearnedStep(Quantizer):
@@ -70,7 +71,8 @@ class LearnedStep(Quantizer):
 
     def level(self) -> Tensor:
         """The value of the highest code, differentiable."""
-        return self.step_size[self._active] * self.grid().highest
+        highest = self.grid().highest
+        return short_level(self.step_size[self._active] * highest, highest, self.step_bits)  # type: ignore[arg-type]
 
     def step(self) -> Tensor:
         """The active step, as the kernel computes it from the level."""
@@ -132,7 +134,11 @@ class LsqPlusActivation(Quantizer):
 
     def step(self) -> Tensor:
         """The active step, differentiable."""
-        return self.step_size[self._active].abs().clamp_min(TINY)
+        return short_step(self.step_size[self._active].abs().clamp_min(TINY), self.step_bits)
+
+    def largest_code(self) -> float:
+        """The largest one that the offset allows."""
+        return float(self.top)
 
     def grid(self) -> Grid:
         """The active codes, which follow from step and offset."""

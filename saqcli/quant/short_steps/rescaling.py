@@ -4,6 +4,8 @@ Q(w) = step * code: with the steps of a channel times a, and the latent weight t
 what it was, and Q(w) is a times what it was. Levels, steps and offsets of a quantizer all have the unit of the tensor,
 and are scaled alike. Some quantizers do not take their codes from w / step (``dorefa``), or share statistics between
 channels (weight normalization): whether a layer can be scaled, and how, is therefore tried, not looked up.
+
+Short steps are rounded anew afterwards: then codes may move, and the factors are met to that rounding.
 """
 
 import torch
@@ -19,7 +21,7 @@ def can_rescale(layer: QuantizedLayer) -> bool:
     weight = layer.latent_weight()
     channels = weight.shape[layer.channel_dim]
     factors = torch.linspace(0.75, 1.5, channels, dtype=torch.float64, device=weight.device)
-    tensors = _tensors(layer)
+    tensors = tensors_of(layer)
     before = [tensor.clone() for tensor in tensors]
     possible = rescale(layer, factors)
     for tensor, value in zip(tensors, before, strict=True):
@@ -39,6 +41,15 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
         Whether that was possible; otherwise nothing has changed.
     """
     weight, quantizer = layer.latent_weight(), layer.weight_quantizer
+    if isinstance(quantizer, Quantizer) and quantizer.step_bits is not None:
+        bits, quantizer.step_bits = quantizer.step_bits, None
+        try:
+            possible = rescale(layer, factors)
+        finally:
+            quantizer.step_bits = bits
+        if possible:
+            quantizer.settle(weight.detach())
+        return possible
     shape = [-1 if d == layer.channel_dim else 1 for d in range(weight.dim())]
     factors = factors.double().view(shape)
     if not stores_codes(layer):
@@ -48,7 +59,7 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
         return True
     if quantizer.shape != factors.shape:
         return False
-    tensors = _tensors(layer)
+    tensors = tensors_of(layer)
     before = [tensor.clone() for tensor in tensors]
     codes, wanted = quantizer.codes(weight), quantizer(weight).double() * factors
     for level in tensors[1:]:
@@ -68,7 +79,7 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
     return False
 
 
-def _tensors(layer: QuantizedLayer) -> list[Tensor]:
+def tensors_of(layer: QuantizedLayer) -> list[Tensor]:
     """The latent weight, and the levels, steps and offsets of its quantizer for all candidates."""
     quantizer = layer.weight_quantizer
     return [layer.latent_weight(), *quantizer.parameters(), *quantizer.buffers()]

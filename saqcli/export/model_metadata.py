@@ -72,7 +72,7 @@ class ModelMetadata(BaseModel):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = {"junctions": None, "absorbed": {}}
+        unused: dict[str, Any] = {"junctions": None, "absorbed": {}}
         return {
             key: value for key, value in handler(self).items() if key not in unused or value != unused[key]
         }

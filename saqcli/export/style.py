@@ -136,11 +136,26 @@ class OnnxStyle:
         Raises:
             UnsupportedModel: the model cannot be traced by ``torch.export``, or the style cannot express it.
         """
-        model_graph = tracing.onnx_graph(self.form(frozen_copy(model), example), example)
-        self._check_limits(model_graph.graph)
-        self.lower(model_graph)
-        model_graph.opset_imports.update(self.opsets)
-        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
+        self.write(self.trace(self.form(frozen_copy(model), example), example), path, metadata)
+
+    def trace(self, form: nn.Module, example: Tensor) -> ir.Model:
+        """The traced graph of ``form``, with placeholders; styles with the same ``form`` share it.
+
+        Raises:
+            UnsupportedModel: the model cannot be traced.
+        """
+        return tracing.onnx_graph(form, example)
+
+    def write(self, traced: ir.Model, path: Path, metadata: ModelMetadata) -> None:
+        """Lower the graph from ``trace``, in place, and write it to ``path``.
+
+        Raises:
+            UnsupportedModel: the style cannot express the model.
+        """
+        self._check_limits(traced.graph)
+        self.lower(traced)
+        traced.opset_imports.update(self.opsets)
+        tracing.save(traced, path, properties(metadata), metadata.saq_version)
 
     def form(self, frozen: nn.Module, example: Tensor) -> nn.Module:
         """The module that is traced, and that the files of a ``bit_equal`` style must equal.

@@ -1,6 +1,5 @@
 """Proof that a file, an ONNX graph or a file of tensors, equals the model."""
 
-import copy
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.errors import ConfigError, DataError
 from saqcli.export import STYLES
-from saqcli.export.operators import frozen_copy
 from saqcli.progress import Progress
-from saqcli.quant import convert
 from saqcli.training.loop import Batches
 from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers
 from saqcli.verify.runtime import onnx_session
+from saqcli.verify.shared import SharedProof
 from saqcli.verify.verdict import Verdict, compare, worst
 
 PYTORCH = "pytorch"
@@ -33,6 +31,7 @@ def prove_graph(
     count: int,
     progress: Progress,
     runtimes: tuple[str, ...] = (),
+    shared: SharedProof | None = None,
 ) -> Verdict:
     """The verdict on an ONNX file of ``model``.
 
@@ -44,17 +43,18 @@ def prove_graph(
         count: number of batches.
         progress: reports every batch.
         runtimes: names in ``RUNTIMES`` of further runtimes for the end-to-end comparison.
+        shared: of ``model``, where several of its files are proved on the same images.
     """
+    shared = shared or SharedProof(model)
     exporter = STYLES.find(style)()
     fatal, conditions = partition(hazards(onnx.load(str(path))), exporter.conditions)
     if fatal:  # ONNX Runtime cannot run files with some of them
         return Verdict(0, 1.0, 0.0, 0.0, hazards=fatal)
-    frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
-    runs = _sessions(path, one_by_one=exporter.one_by_one) | {PYTORCH: model}
-    form = exporter.form(frozen, first[:2]).eval() if exporter.bit_equal else None
-    reference = form if form is not None else _in_float64(model, first[:1])
+    runs = _sessions(path, one_by_one=exporter.one_by_one) | {PYTORCH: shared.pytorch}
+    form = shared.form(exporter, first[:2]) if exporter.bit_equal else None
+    reference = form if form is not None else shared.reference(first[:1])
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
     for each in verdicts.values():
@@ -64,7 +64,7 @@ def prove_graph(
     verdict.others, verdict.conditions = {name: verdicts[name] for name in others}, conditions
     if form is not None:
         verdict.bit_equal, verdict.accumulators = True, getattr(form, "accumulators", ())
-    verdict.layerwise = check_layers(path, frozen, first[:LAYERWISE_IMAGES], exporter.quantizers)
+    verdict.layerwise = check_layers(path, shared.frozen, first[:LAYERWISE_IMAGES], exporter.quantizers)
     return verdict
 
 
@@ -78,19 +78,6 @@ def _first_images(batches: Batches) -> Tensor:
         if bool((labels >= 0).any()):
             return images[labels >= 0]
     raise DataError("no image to verify the file on can be read: use another `data.path`")
-
-
-def _in_float64(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """The model in float64, where summation order does not matter; unchanged if its forward requires float32."""
-    double = copy.deepcopy(model)
-    convert.fold(double)  # gives the codes of the file; transformations round differently in float64
-    double.double()
-    try:
-        with torch.inference_mode():
-            double(images.double())
-    except RuntimeError:  # its forward creates or requires float32
-        return model
-    return lambda images: double(images.double())
 
 
 def prove_tensors(loaded: nn.Module, model: nn.Module, batches: Batches, progress: Progress) -> Verdict:

@@ -94,6 +94,8 @@ class CostModel:
         other_bytes: bytes of everything except weights of layers.
         price: what a search counts in the place of bit-operations.
         unit: of the price.
+        other_price: price of what is no layer.
+        notes: what a person should know of the prices, one line each.
     """
 
     layers: tuple[LayerCost, ...]
@@ -101,6 +103,8 @@ class CostModel:
     other_bytes: int = 0
     price: Price = LayerCost.bops
     unit: str = UNITS[0]
+    other_price: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -126,11 +130,11 @@ class CostModel:
 
     def bops(self, config: BitConfig) -> int:
         """Bit-operations under ``config``, whatever the price."""
-        return replace(self, price=LayerCost.bops).cost(config).bops
+        return replace(self, price=LayerCost.bops, other_price=0).cost(config).bops
 
     def size(self, config: BitConfig) -> int:
         """Bytes under ``config``."""
-        return self.cost(config).size
+        return self.other_bytes + sum(layer.size(config.layers[layer.name]) for layer in self.layers)
 
     def layer_cost(self, layer: LayerCost, bits: LayerBits) -> Cost:
         """Price and bytes of a layer at ``bits``."""
@@ -144,6 +148,7 @@ class CostModel:
             self.price(LayerCost(layer.name, layer.kind, layer.macs, 0, layer.name, None), in_float)
             for layer in self.unquantized
         )
+        fixed += self.other_price
         return Cost(
             fixed + sum(cost.bops for cost in costs), self.other_bytes + sum(cost.size for cost in costs)
         )

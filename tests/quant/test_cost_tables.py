@@ -113,9 +113,7 @@ def test_missing_widths_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["34G", "5", "0ms", "2mJ", "-1ms"])
 def test_other_units_are_refused(text: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"not a budget in the unit of `quantization\.cost`: give one"
-    ):
+    with pytest.raises(ConfigError, match=r"not a budget in the unit of `quantization\.cost`: give one"):
         parse_cost(text, "ps")
 
 

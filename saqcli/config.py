@@ -289,7 +289,8 @@ class QuantizationSection(_Section):
     bops: Annotated[
         Text | None,
         Option(
-            "Budget of bit-operations for one image: `34G`, `500M`, or `w4a4` for the cost of 4 bits everywhere",
+            "Budget of bit-operations for one image: `34G`, `500M`, or `w4a4` for the cost of 4 bits everywhere; with "
+            "`quantization.cost` in its unit: `1.8ms`",
             "BUDGET",
             names=("bops", "budget"),
         ),
@@ -318,8 +319,8 @@ class QuantizationSection(_Section):
     cost: Annotated[
         str,
         Option(
-            "Cost model whose unit `quantization.bops` counts: {choices}",
-            "NAME",
+            "Cost model whose unit `quantization.bops` counts: {choices}, or a JSON file of each layer's costs",
+            "NAME|FILE",
             choices=_names("bops"),
             family="costs",
         ),

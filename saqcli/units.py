@@ -6,6 +6,7 @@ another quantity is an error too; the message names the setting that takes it.
 
 import math
 import re
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from saqcli.errors import ConfigError
@@ -36,6 +37,7 @@ class _Unit(NamedTuple):
 
 
 _BY_BITS = "each costs weight bits x activation bits: give w4a4 for the cost of uniform 4 bits"
+_BY_TABLE = "a table of each layer's costs bounds it, `quantization.cost=FILE.json`"
 _UNITS = {
     "bops": _Unit(
         "a number of bit-operations", ("bops", "bop", "bitops", "bitop", "bit-ops", "bit-operations")
@@ -44,16 +46,14 @@ _UNITS = {
     "macs": _Unit("a number of multiply-accumulates", ("macs", "mac", "madds", "mult-adds"), _BY_BITS),
     "flops": _Unit("a number of operations", ("flops", "flop", "ops", "op"), _BY_BITS),
     "time": _Unit(
-        "a time",
-        ("s", "sec", "secs", "second", "seconds", "min", "minutes", "h", "hours"),
-        "no setting bounds it, `evaluate(bench=True)` measures it",
+        "a time", ("s", "sec", "secs", "second", "seconds", "min", "minutes", "h", "hours"), _BY_TABLE
     ),
     "rate": _Unit(
         "a rate",
         ("fps", "hz", "images/s", "b/s", "bps", "flops/s", "ops/s"),
         "no setting bounds it, `evaluate(bench=True)` measures it",
     ),
-    "energy": _Unit("an energy", ("j", "joule", "joules", "wh")),
+    "energy": _Unit("an energy", ("j", "joule", "joules", "wh"), _BY_TABLE),
     "power": _Unit("a power", ("w", "watt", "watts")),
     "bits": _Unit(
         "a number of bits",
@@ -72,6 +72,10 @@ _EXAMPLES = {"bops": "34G, 674.6M or 500K", "size": "5MB, 900KB or 4MiB"}
 _COSTS = {"bops": "what uniform 4 bits cost", "size": "the size at uniform 4 bits"}
 _NAMES = {"bops": "budget", "size": "size"}
 SETTINGS = {"bops": "quantization.bops", "size": "quantization.size"}
+
+# Costs of tables are whole numbers of these units, so that sums are exact; shown with the prefix that fits.
+FINE_UNITS = {"ps": "s", "pJ": "J"}
+_FINE_PREFIXES = {"": 10**12, "m": 10**9, "u": 10**6, "n": 10**3, "p": 1}
 
 PLAIN = (1e-4, 1e7)  # range of magnitudes written without an exponent
 DIGITS = 4  # significant digits of a value without an error
@@ -138,13 +142,71 @@ def format_quantity(value: float, unit: str = "") -> str:
     """``value`` with four significant digits and a decimal prefix.
 
     Example:
-        >>> format_quantity(34714419200, "BOPs")
-        '34.71 GBOPs'
+        >>> format_quantity(34714419200, "BOPs"), format_quantity(1_800_000_000, "ps")
+        ('34.71 GBOPs', '1.8 ms')
     """
+    if unit in FINE_UNITS:
+        prefix, fine = next(
+            (each for each in _FINE_PREFIXES.items() if abs(value) >= each[1]), ("p" if value else "m", 1)
+        )
+        return f"{value / fine:.4g} {prefix}{FINE_UNITS[unit]}"
     for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= factor:
             return f"{value / factor:.4g} {prefix}{unit}"
     return f"{value:g} {unit}".rstrip()
+
+
+def format_range(least: float, most: float, unit: str) -> str:
+    """Two quantities of the same unit, which is written once if it has no fine prefixes.
+
+    Example:
+        >>> format_range(2e9, 5e9, "BOPs"), format_range(2e8, 5e9, "ps")
+        ('2 G to 5 GBOPs', '200 us to 5 ms')
+    """
+    return f"{format_quantity(least, unit if unit in FINE_UNITS else '')} to {format_quantity(most, unit)}"
+
+
+def fine_unit(unit: str) -> tuple[str, int]:
+    """The unit in which costs given in ``unit`` are counted, and how many of these one ``unit`` is.
+
+    Example:
+        >>> fine_unit("ms"), fine_unit("uJ"), fine_unit("cycles")
+        (('ps', 1000000000), ('pJ', 1000000), ('cycles', 1))
+    """
+    for fine, base in FINE_UNITS.items():
+        if unit.endswith(base) and unit.removesuffix(base) in _FINE_PREFIXES:
+            return fine, _FINE_PREFIXES[unit.removesuffix(base)]
+    return unit, 1
+
+
+def parse_cost(text: str, unit: str) -> int:
+    """A budget of a cost, such as ``1.8ms``, as a number of ``unit``, rounded down.
+
+    Args:
+        text: the budget.
+        unit: ``ps``, ``pJ`` or a word such as ``cycles``, which may be omitted after a prefix K, M, G or T.
+
+    Raises:
+        ConfigError: no number above zero, or another unit.
+
+    Example:
+        >>> parse_cost("1.8ms", "ps"), parse_cost("20M", "cycles")
+        (1800000000, 20000000)
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(\D*?)\s*", text)
+    given = (match[2] if match else "").replace("\u00b5", "u").replace("\u03bc", "u")
+    fine, factor = fine_unit(given)
+    if unit not in FINE_UNITS:
+        prefix = given.lower().removesuffix(unit.lower()).strip()
+        fine, factor = (unit, _PREFIXES[prefix]) if prefix in _PREFIXES and given else ("", 0)
+    value = int(Fraction(match[1]) * factor) if match and fine == unit else 0
+    if value <= 0:
+        examples = {"ps": "1.8ms or 900us", "pJ": "3.2mJ or 800uJ"}.get(unit, f"20M{unit}")
+        raise ConfigError(
+            f"`{SETTINGS['bops']}`: {text!r} is not a budget in the unit of `quantization.cost`: give one such as "
+            f"{examples}, or w4a4 for what uniform 4 bits cost"
+        )
+    return value
 
 
 def format_figure(value: float | None, spec: str = ".4g", unit: str = "") -> str:

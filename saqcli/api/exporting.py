@@ -4,7 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict
 ELSEWHERE = ": choose another `style`"  # end of exporters' messages where another style may work
 TRIED_IMAGES = 3  # of a trial export; tracing uses 2, so that a fixed batch size in the graph is detected
 TRIED_BITS = "w4a4"
+VERIFY_IMAGES = 500  # of a caller's loader, as `data.verify_images` of the commands
 
 
 def export_onnx(
@@ -48,6 +49,7 @@ def export_onnx(
     style: str = "qdq",
     *,
     verify: Iterable[Any] | None = None,
+    verify_images: int | Literal["all"] = VERIFY_IMAGES,
     inputs: Inputs | None = None,
     runtimes: str | Iterable[str] = (),
     overwrite: bool = False,
@@ -64,6 +66,7 @@ def export_onnx(
         path: of the file, ending with ``.onnx``.
         style: name in ``saqcli.export.STYLES``.
         verify: any iterable of batches to compare on; synthetic images by default.
+        verify_images: how many of these images are used, the first ones; ``"all"`` uses every one.
         inputs: from a batch to the module's argument.
         runtimes: further runtimes to compare with: ``openvino``.
         overwrite: replace an existing file.
@@ -95,7 +98,7 @@ def export_onnx(
                 f"{taken} already exists: use `overwrite=True` to replace it, or another `path`"
             )
     metadata = metadata_of(module)
-    batches = _batches(module, verify, inputs, metadata)
+    batches = _batches(module, verify, inputs, metadata, _limit(verify_images))
     return export_verified(
         copy.deepcopy(module),
         metadata,
@@ -219,11 +222,36 @@ def _random_images(traced: Trace) -> Tensor:
     return torch.randn(TRIED_IMAGES, *size, generator=torch.Generator().manual_seed(0))
 
 
+def _limit(images: int | Literal["all"]) -> int | None:
+    """``verify_images`` as a limit; None for ``all``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if images == "all":
+        return None
+    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+        raise ConfigError(f'`verify_images={images!r}`: give a number of at least 1, or "all"')
+    return images
+
+
 def _batches(
-    model: nn.Module, loader: Iterable[Any] | None, inputs: Inputs | None, metadata: ModelMetadata
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    inputs: Inputs | None,
+    metadata: ModelMetadata,
+    limit: int | None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Images on the CPU, with labels of 0 where they have none."""
+    """At most ``limit`` images on the CPU, with labels of 0 where they have none."""
     if loader is None:
         return synthetic_batches(Preprocessing.from_dict(metadata.preprocessing))
-    images = [call.tensors[0].cpu() for call in Calls(loader, BatchReader(model, inputs))]
+    images: list[Tensor] = []
+    left = limit
+    for call in Calls(loader, BatchReader(model, inputs)):
+        batch = call.tensors[0].cpu()[:left]
+        images.append(batch)
+        if left is not None:
+            left -= len(batch)
+            if left == 0:
+                break
     return [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in images]

@@ -97,7 +97,8 @@ def search(
         candidates: bit-widths that a layer may have.
         activation_candidates: bit-widths of inputs, chosen apart from those of weights; None for the same bits.
         pins: as in ``quantize_model``.
-        cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``.
+        cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``, or the path of a table of
+            costs; the budget is then in its unit, such as ``"1.8ms"``.
         quantizer: as in ``quantize_model``, like the next five.
         weight_quantizer: of weights.
         activation_quantizer: of inputs.

@@ -1,12 +1,20 @@
 """``saq profile``."""
 
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.config import QuantizationSection
+from saqcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from saqcli.pipelines.latency.measure import LatencySettings
+
+MEASURE = "Latency on this machine"
 
 
 @reporting
@@ -32,19 +40,65 @@ def profile_command(
         ),
     ],
     builder: o.Builder = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Measure the latency of every layer in ONNX Runtime on this machine",
+            rich_help_panel=MEASURE,
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Table of costs that --measure writes, for --cost",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="w8a8,w4a8",
+            help="Widths that --measure exports besides floating point [default: w8a8,w4a8,w4a4]",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STYLE",
+            help="Style of the files that --measure runs [default: qdq]",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Threads per operator of --measure [default: 1]", rich_help_panel=MEASURE
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Rounds of --measure [default: 50]", rich_help_panel=MEASURE),
+    ] = None,
     json_output: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
     """Compute MACs, bit-operations and size of a network at given bits or of a run, and the reachable budgets.
 
-    No data is needed.
+    No data is needed. `--measure` gives milliseconds of each layer instead, a budget of `saq search`.
 
     Example: `saq profile resnet18 --bits 4`
 
     Example: `saq profile runs/resnet18-34g`
+
+    Example: `saq profile resnet18 --measure --out cpu.json`
     """
-    from saqcli.pipelines.profile import check_profile, profile
+    from saqcli.pipelines.profile import check_profile, profile, profile_latency
+
+    settings = given.problems.attempt(_latency_settings, measure, out, widths, style, threads, repeats)
 
     section, bits, policy = (
         given.model(target),
@@ -55,12 +109,32 @@ def profile_command(
     if given.problems.errors:
         given.problems.attempt(check_profile, section, bits, policy, attention, builder)
     given.problems.check()
+    progress = progress_for(json_output=json_output, quiet=quiet)
+    if settings is not None:
+        latency = profile_latency(
+            section,
+            settings,
+            bits=bits,
+            policy=policy,
+            progress=progress,
+            quantize_attention=attention,
+            builder=builder,
+        )
+        if out is not None:
+            latency.write(out)
+        if json_output:
+            print_json(latency.to_dict() | {"out": None if out is None else str(out)})
+            return
+        from saqcli.cli.latency import show_latency
+
+        show_latency(latency.to_dict(), out)
+        return
     result = profile(
         section,
         bits=bits,
         policy=policy,
         candidates=given.get("quantization.candidates", QuantizationSection().candidates),
-        progress=progress_for(json_output=json_output, quiet=quiet),
+        progress=progress,
         quantize_attention=attention,
         pretrained=section.pretrained if "model.pretrained" in given else False,
         builder=builder,
@@ -71,3 +145,34 @@ def profile_command(
     from saqcli.cli.tables import show_profile
 
     show_profile(result)
+
+
+def _latency_settings(
+    measure: bool,
+    out: Path | None,
+    widths: str | None,
+    style: str | None,
+    threads: int | None,
+    repeats: int | None,
+) -> "LatencySettings | None":
+    """The settings of ``--measure``; None without it.
+
+    Raises:
+        ConfigError: one of its options without ``--measure``, or an invalid value.
+    """
+    options = {"--out": out, "--widths": widths, "--style": style, "--threads": threads, "--repeats": repeats}
+    for option, value in options.items():
+        if value is not None and not measure:
+            raise ConfigError(f"{option} requires --measure: add it")
+    if not measure:
+        return None
+    if out is not None and out.suffix != ".json":
+        raise ConfigError(f"--out {out} does not end with .json: give a file name like cpu.json")
+    from saqcli.pipelines.latency.measure import LatencySettings
+
+    given = {"style": style, "threads": threads, "repeats": repeats}
+    found = LatencySettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    if widths is not None:
+        found = replace(found, widths=tuple(part.strip() for part in widths.split(",")))
+    found.check()
+    return found

@@ -118,7 +118,7 @@ class OnnxStyle:
             reports it.
         exact_sums: whether it keeps sums of short steps exact; the proof then looks for places that are not
             (``verify.exactness``), and without any requires the logits of PyTorch bit for bit.
-        short_steps: whether the model that is being written has short steps; set by ``export``.
+        short_steps: whether the model that is being written has short steps; set by ``write``.
     """
 
     name: str = ""
@@ -150,12 +150,27 @@ class OnnxStyle:
         Raises:
             UnsupportedModel: the model cannot be traced by ``torch.export``, or the style cannot express it.
         """
+        self.write(self.trace(self.form(frozen_copy(model), example), example), path, metadata)
+
+    def trace(self, form: nn.Module, example: Tensor) -> ir.Model:
+        """The traced graph of ``form``, with placeholders; styles with the same ``form`` share it.
+
+        Raises:
+            UnsupportedModel: the model cannot be traced.
+        """
+        return tracing.onnx_graph(form, example)
+
+    def write(self, traced: ir.Model, path: Path, metadata: ModelMetadata) -> None:
+        """Lower the graph from ``trace``, in place, and write it to ``path``.
+
+        Raises:
+            UnsupportedModel: the style cannot express the model.
+        """
         self.short_steps = metadata.scheme.short_steps is not None
-        model_graph = tracing.onnx_graph(self.form(frozen_copy(model), example), example)
-        self._check_limits(model_graph.graph)
-        self.lower(model_graph)
-        model_graph.opset_imports.update(self.opsets)
-        tracing.save(model_graph, path, properties(metadata), metadata.saq_version)
+        self._check_limits(traced.graph)
+        self.lower(traced)
+        traced.opset_imports.update(self.opsets)
+        tracing.save(traced, path, properties(metadata), metadata.saq_version)
 
     def form(self, frozen: nn.Module, example: Tensor) -> nn.Module:
         """The module that is traced, and that the files of a ``bit_equal`` style must equal.

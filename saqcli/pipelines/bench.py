@@ -262,12 +262,12 @@ def _add_float(lineup: Lineup, model: nn.Module, build: dict[str, object], folde
         signed={},
         routed={},
     )
-    with _attention_spelled_out():
+    with attention_spelled_out():
         lineup.add_exported(ONNX_FLOAT, model, folder / "float.onnx", metadata)
 
 
 @contextmanager
-def _attention_spelled_out() -> Iterator[None]:
+def attention_spelled_out() -> Iterator[None]:
     """Disable PyTorch's fused attention, which has no counterpart in ONNX."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

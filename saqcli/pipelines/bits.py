@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, priced
+from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, cost_unit, is_table, priced
 from saqcli.api.networks import in_order, uniform_policy
 from saqcli.api.searching import searcher_with
 from saqcli.api.targets import policy_file
@@ -12,13 +12,12 @@ from saqcli.pipelines.setup import Network
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget, CostModel
-from saqcli.quant.costs import COSTS
 from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, parse_rules, search_space
 from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
 from saqcli.target import find_deployment
-from saqcli.units import SETTINGS, Quantity, parse_quantity
+from saqcli.units import SETTINGS, Quantity, parse_cost, parse_quantity
 
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
     ("bops", "bops"),
@@ -44,8 +43,11 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
     if section.bits is not None:
         problems.attempt(parse_bits, section.bits)
     for text, quantity in BUDGETS:
-        problems.attempt(_check_budget, getattr(section, text), quantity)
-    problems.attempt(COSTS.find, section.cost, "quantization.cost")
+        if quantity != "bops" or not is_table(section.cost):
+            problems.attempt(_check_budget, getattr(section, text), quantity)
+    unit = problems.attempt(cost_unit, section.cost) if files or not is_table(section.cost) else None
+    if unit is not None and is_table(section.cost) and section.bops is not None:
+        problems.attempt(_check_budget, section.bops, "bops", unit)
     for pattern, text in section.pins.items():
         problems.attempt(parse_rule, text, pattern)
     if section.policy is not None and section.pins:
@@ -59,9 +61,12 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
     problems.check()
 
 
-def _check_budget(text: str | None, quantity: Quantity) -> None:
+def _check_budget(text: str | None, quantity: Quantity, unit: str | None = None) -> None:
+    """Check a budget; one of a table of costs is in its ``unit``."""
     if text is not None and UNIFORM_BUDGET.fullmatch(text.strip()):
         parse_bits(text, SETTINGS[quantity])
+    elif text is not None and unit is not None:
+        parse_cost(text, unit)
     elif text is not None:
         parse_quantity(text, quantity)
 

@@ -27,6 +27,7 @@ from saqcli.target import TARGETS, find_deployment
 from saqcli.training.loop import Batches
 from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified
+from saqcli.verify.shared import SharedProof
 from saqcli.verify.verdict import Verdict, synthetic_batches, verdict_path
 
 
@@ -245,6 +246,7 @@ def write_files(
         model, metadata, run.safetensors_path, "safetensors", batches, len(batches), progress, **about
     )
     result.artifacts["safetensors"] = str(run.safetensors_path)
+    about["shared"] = SharedProof(model)
     for style, name in onnx_names(config.export.styles).items():
         path = run.onnx_path.with_name(f"{name}.onnx")
         verdict = export_verified(model, metadata, path, style, batches, len(batches), progress, **about)
@@ -252,6 +254,7 @@ def write_files(
         result.artifacts[name.replace("model", "verdict", 1)] = str(verdict_path(path))
         if result.onnx is None:
             result.onnx = {**verdict.figures(), "style": style, "size_bytes": path.stat().st_size}
+    del about["shared"]  # the model changes
     if best is not None and result.advice and result.best_epoch != result.exported_epoch:
         model.load_state_dict(best)
         export_verified(

@@ -11,6 +11,7 @@ from saqcli.export.restore import open_from_metadata
 from saqcli.models.own import OwnNetwork, check_named
 from saqcli.pipelines.bits import check_bits, read_policy
 from saqcli.pipelines.checks import check_builds, check_model
+from saqcli.pipelines.latency.measure import Latency, LatencySettings, measure_latency
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import Progress
 from saqcli.quant.bits import BitConfig, parse_bits
@@ -90,6 +91,32 @@ def profile(
     else:
         config = float_policy(network)
     return measure(network, config, space_of_candidates(network, candidates))
+
+
+def profile_latency(
+    section: ModelSection,
+    settings: LatencySettings,
+    *,
+    bits: str | None,
+    policy: Path | None,
+    progress: Progress,
+    quantize_attention: bool = False,
+    builder: str | None = None,
+) -> Latency:
+    """The latency of every layer of a network at the widths of ``settings``; other arguments as in ``profile``.
+
+    Raises:
+        SaqError: unknown model, invalid settings, or bits, which ``settings`` have.
+    """
+    for option, given in (("bits", bits), ("policy", policy)):
+        if given is not None:
+            raise ConfigError(f"`measure=True` measures several widths: use `widths`, and remove `{option}`")
+    target = check_profile(section, None, None, quantize_attention, builder)
+    if target.kind != "model":
+        return measure_latency(_quantized(target, builder, progress)[0], settings, progress)
+    loaded = load_float(section.model_copy(update={"pretrained": False}), progress)
+    network = wrap_and_trace(loaded, QuantizationSection(quantize_attention=quantize_attention))
+    return measure_latency(network, settings, progress)
 
 
 def _quantized(target: Target, builder: str | None, progress: Progress) -> tuple[Network, BitConfig]:

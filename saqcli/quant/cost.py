@@ -95,6 +95,8 @@ class CostModel:
         price: what a search counts in the place of bit-operations.
         unit: of the price.
         joined_bops: bit-operations of junctions, if they are counted; the same whatever the bits of layers are.
+        other_price: price of what is no layer.
+        notes: what a person should know of the prices, one line each.
     """
 
     layers: tuple[LayerCost, ...]
@@ -103,6 +105,8 @@ class CostModel:
     price: Price = LayerCost.bops
     unit: str = UNITS[0]
     joined_bops: int = 0
+    other_price: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -128,11 +132,11 @@ class CostModel:
 
     def bops(self, config: BitConfig) -> int:
         """Bit-operations under ``config``, whatever the price."""
-        return replace(self, price=LayerCost.bops, unit=UNITS[0]).cost(config).bops
+        return replace(self, price=LayerCost.bops, unit=UNITS[0], other_price=0).cost(config).bops
 
     def size(self, config: BitConfig) -> int:
         """Bytes under ``config``."""
-        return self.cost(config).size
+        return self.other_bytes + sum(layer.size(config.layers[layer.name]) for layer in self.layers)
 
     def layer_cost(self, layer: LayerCost, bits: LayerBits) -> Cost:
         """Price and bytes of a layer at ``bits``."""
@@ -146,8 +150,7 @@ class CostModel:
             self.price(LayerCost(layer.name, layer.kind, layer.macs, 0, layer.name, None), in_float)
             for layer in self.unquantized
         )
-        if self.unit == UNITS[0]:
-            fixed += self.joined_bops
+        fixed += self.joined_bops if self.unit == UNITS[0] else self.other_price
         return Cost(
             fixed + sum(cost.bops for cost in costs), self.other_bytes + sum(cost.size for cost in costs)
         )

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from saqcli.errors import ConfigError, InfeasibleBudget
 from saqcli.quant.bits import MAX_BITS, MIN_BITS, BitConfig, LayerBits
 from saqcli.quant.cost import UNITS, Budget, Cost, CostModel, LayerCost
-from saqcli.units import counted, format_quantity
+from saqcli.units import counted, format_quantity, format_range
 
 _RULE = re.compile(r"(\d)(?:-(\d))?|w(\d)(?:-(\d))?a(\d)(?:-(\d))?", re.IGNORECASE)
 
@@ -212,10 +212,12 @@ class SearchSpace:
         """Notes for a person: what can be reached, and whether the budget, if any, leaves anything to search."""
         floor, ceiling = self.floor, self.ceiling
         notes = [
-            f"{self.model}: {counted(len(self.decisions), 'decision')}, reachable {format_quantity(floor.bops)} to "
-            f"{format_quantity(ceiling.bops, self.costs.unit)} and {format_quantity(floor.size)} to "
-            f"{format_quantity(ceiling.size, 'B')}" + (f"; the budget is {budget}" if budget.bounds() else "")
+            f"{self.model}: {counted(len(self.decisions), 'decision')}, reachable "
+            f"{format_range(floor.bops, ceiling.bops, self.costs.unit)} and "
+            f"{format_range(floor.size, ceiling.size, UNITS[1])}"
+            + (f"; the budget is {budget}" if budget.bounds() else "")
         ]
+        notes += self.costs.notes
         if budget.bounds() and budget.admits(ceiling):
             notes.append("the budget allows the most bits in every layer: there is nothing to search")
         return notes
@@ -236,7 +238,7 @@ class SearchSpace:
                 raise InfeasibleBudget(
                     f"no configuration of {self.model} meets {format_quantity(bound, unit)}: with every free layer "
                     f"at its fewest bits it needs {format_quantity(floor[index], unit)} (reachable: "
-                    f"{format_quantity(floor[index])} to {format_quantity(ceiling[index], unit)}). Raise the budget"
+                    f"{format_range(floor[index], ceiling[index], unit)}). Raise the budget"
                     + (" or allow fewer bits with `quantization.candidates`" if fewest > MIN_BITS else "")
                 )
 

@@ -1,6 +1,5 @@
 """Proof that a file, an ONNX graph or a file of tensors, equals the model."""
 
-import copy
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,16 +11,15 @@ from torch import Tensor, nn
 from saqcli._version import __version__
 from saqcli.errors import ConfigError, DataError
 from saqcli.export import STYLES
-from saqcli.export.operators import frozen_copy
 from saqcli.export.style import OnnxStyle
 from saqcli.progress import Progress
-from saqcli.quant import convert
 from saqcli.quant.layer import quantized_layers
 from saqcli.training.loop import Batches
 from saqcli.verify.exactness import Inexact, inexact_places
 from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers, moved_codes
 from saqcli.verify.runtime import onnx_session
+from saqcli.verify.shared import SharedProof
 from saqcli.verify.twin.check import check_twin
 from saqcli.verify.verdict import Verdict, compare, worst
 
@@ -37,6 +35,7 @@ def prove_graph(
     count: int,
     progress: Progress,
     runtimes: tuple[str, ...] = (),
+    shared: SharedProof | None = None,
 ) -> Verdict:
     """The verdict on an ONNX file of ``model``.
 
@@ -48,22 +47,23 @@ def prove_graph(
         count: number of batches.
         progress: reports every batch.
         runtimes: names in ``RUNTIMES`` of further runtimes for the end-to-end comparison.
+        shared: of ``model``, where several of its files are proved on the same images.
     """
+    shared = shared or SharedProof(model)
     exporter = STYLES.find(style)()
     fatal, conditions = partition(hazards(onnx.load(str(path))), exporter.conditions)
     if fatal:  # ONNX Runtime cannot run files with some of them
         return Verdict(0, 1.0, 0.0, 0.0, hazards=fatal)
-    frozen = frozen_copy(model)
     first = _first_images(batches)
     others = {name: RUNTIMES[name](path) for name in runtimes}
     inexact = _inexact_places(path, model, exporter)
     exact = inexact is not None and not inexact
-    deployed = exporter.form(frozen_copy(model), first[:2]).eval() if exporter.deployed else None
-    if deployed is not None:
-        model = deployed
-    runs = _sessions(path, one_by_one=exporter.one_by_one or exact) | {PYTORCH: model}
-    form = exporter.form(frozen, first[:2]).eval() if exporter.bit_equal else None
-    reference = form if form is not None else model if exact else _in_float64(model, first[:1])
+    deployed = shared.form(exporter, first[:2]) if exporter.deployed else None
+    compared = shared if deployed is None else SharedProof(deployed)
+    runs = _sessions(path, one_by_one=exporter.one_by_one or exact) | {PYTORCH: compared.pytorch}
+    form = shared.form(exporter, first[:2]) if exporter.bit_equal else None
+    exactly = form if form is not None else compared.pytorch if exact else None
+    reference = compared.reference(first[:1]) if exactly is None else exactly
     verdicts = compare(reference, runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
     for each in verdicts.values():
@@ -75,11 +75,11 @@ def prove_graph(
         verdict.bit_equal, verdict.accumulators = True, getattr(form, "accumulators", ())
     verdict.inexact, verdict.bit_equal = inexact, verdict.bit_equal or exact
     few = first[:LAYERWISE_IMAGES]
-    verdict.layerwise = check_layers(path, frozen if deployed is None else deployed, few, exporter.quantizers)
+    verdict.layerwise = check_layers(path, compared.frozen, few, exporter.quantizers)
     if deployed is not None:
-        verdict.moved = moved_codes(frozen, deployed, few)
+        verdict.moved = moved_codes(shared.frozen, deployed, few)
     if not exporter.bit_equal:
-        verdict.twin = check_twin(path, frozen, few, exporter)
+        verdict.twin = check_twin(path, shared.frozen, few, exporter)
         verdict.equals_twin = exporter.equals_twin
     return verdict
 
@@ -101,19 +101,6 @@ def _first_images(batches: Batches) -> Tensor:
         if bool((labels >= 0).any()):
             return images[labels >= 0]
     raise DataError("no image to verify the file on can be read: use another `data.path`")
-
-
-def _in_float64(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """The model in float64, where summation order does not matter; unchanged if its forward requires float32."""
-    double = copy.deepcopy(model)
-    convert.fold(double)  # gives the codes of the file; transformations round differently in float64
-    double.double()
-    try:
-        with torch.inference_mode():
-            double(images.double())
-    except RuntimeError:  # its forward creates or requires float32
-        return model
-    return lambda images: double(images.double())
 
 
 def prove_tensors(loaded: nn.Module, model: nn.Module, batches: Batches, progress: Progress) -> Verdict:

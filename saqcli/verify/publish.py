@@ -19,6 +19,7 @@ from saqcli.training.loop import Batches
 from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.proof import prove_graph, prove_tensors, versions
 from saqcli.verify.runtime import onnx_session
+from saqcli.verify.shared import SharedProof
 from saqcli.verify.verdict import SYNTHETIC, Verdict, verdict_path, verdict_text
 
 
@@ -36,6 +37,7 @@ def export_verified(
     available: int | None = None,
     true_size: int | None = None,
     own: OwnNetwork | None = None,
+    shared: SharedProof | None = None,
 ) -> Verdict:
     """Write ``path`` in ``style``; it is renamed into place once it matches ``model``, with its verdict.
 
@@ -52,6 +54,7 @@ def export_verified(
         available: how many there are, of which ``batches`` may be a part; None where they are synthetic.
         true_size: of the model at its true bits, in bytes.
         own: the user's own network that it was made from, if it was.
+        shared: of ``model``, where several of its files are written and proved on the same images.
 
     Raises:
         ConfigError: there is no such style.
@@ -60,12 +63,13 @@ def export_verified(
     """
     exporter = exporter_of(style)
     model = model.cpu().eval()
+    shared = shared or SharedProof(model)
     example = torch.zeros(2, *Preprocessing.from_dict(facts.preprocessing).input_size)
     with replacing(path) as temporary:
-        _write(exporter, style, model, example, temporary, facts)
+        _write(exporter, style, shared, example, temporary, facts)
         try:
             if isinstance(exporter, OnnxStyle):
-                verdict = prove_graph(temporary, model, style, batches, count, progress, runtimes)
+                verdict = prove_graph(temporary, model, style, batches, count, progress, runtimes, shared)
                 storage = weight_storage(temporary)
                 verdict.size_note = storage.explain_size(true_size, style) if true_size else None
             else:
@@ -87,7 +91,7 @@ def export_verified(
 
 
 def _write(
-    exporter: Exporter, style: str, model: nn.Module, example: Tensor, path: Path, facts: ModelMetadata
+    exporter: Exporter, style: str, shared: SharedProof, example: Tensor, path: Path, facts: ModelMetadata
 ) -> None:
     """Write ``path``; a style of another package may raise anything.
 
@@ -95,7 +99,10 @@ def _write(
         UnsupportedModel: the style cannot write the model.
     """
     try:
-        exporter.export(model, example, path, facts)
+        if isinstance(exporter, OnnxStyle) and type(exporter).export is OnnxStyle.export:
+            exporter.write(shared.graph(exporter, example), path, facts)
+        else:
+            exporter.export(shared.model, example, path, facts)
     except (SaqError, OSError):
         raise
     except Exception as error:

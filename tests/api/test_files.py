@@ -96,7 +96,10 @@ def test_costs_are_those_of_the_traced_size(side: int, tmp_path: Path) -> None:
 
     assert saq.bops(loaded) == saq.bops(q)
     assert saq.info(loaded).preprocessing.input_size == (3, side, side)
-    assert saq.export_onnx(q, tmp_path / "net.onnx", verify=[image]).verified
+    verdict = saq.export_onnx(q, tmp_path / "net.onnx", verify=[image, image], verify_images=3)
+    assert (verdict.verified, verdict.images) == (True, 3)
+    with pytest.raises(ConfigError, match="verify_images=0`: give a number of at least 1"):
+        saq.export_onnx(q, tmp_path / "more.onnx", verify=[image], verify_images=0)
 
 
 def test_load_names_what_it_needs(tmp_path: Path) -> None:

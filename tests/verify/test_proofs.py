@@ -12,7 +12,7 @@ from saqcli.models.preprocessing import Preprocessing
 from saqcli.progress import SILENT
 from saqcli.quant.convert import Scheme, active_bits
 from saqcli.quant.layer import quantized_layers
-from saqcli.verify import proof
+from saqcli.verify import proof, shared
 from saqcli.verify.proof import prove_graph
 from saqcli.verify.publish import export_verified
 from tests.support import tiny
@@ -76,7 +76,7 @@ def labelled(x: Tensor, label: int) -> tuple[Tensor, Tensor]:
 
 
 def test_reference_is_float64(plain: nn.Module, images: Tensor) -> None:
-    reference = proof._in_float64(plain, images[:1])
+    reference = shared.in_float64(plain, images[:1])
     with torch.no_grad():
         truth, near = reference(images), plain(images)
 
@@ -95,7 +95,7 @@ def test_float32_model_is_its_own_reference(float32_only: nn.Module, images: Ten
         float32_only, facts_of(float32_only, images), path, "qdq", [labelled(images, 0)], 1, SILENT
     )
 
-    assert proof._in_float64(float32_only, images[:1]) is float32_only
+    assert shared.in_float64(float32_only, images[:1]) is float32_only
     assert {parameter.dtype for parameter in float32_only.parameters()} == {torch.float32}
     assert verdict.verified
     assert (verdict.images, verdict.pytorch_agreement) == (8, 1.0)

@@ -1,0 +1,1 @@
+"""Latency of the layers of a network on this machine, as a table of costs."""

@@ -76,7 +76,9 @@ def exported(model: nn.Module, path: Path, style: str = "ort") -> Verdict:
 
 def weights_of(path: Path) -> dict[str, Any]:
     """The stored codes of every layer."""
-    return {each.name: each for each in onnx.load(str(path)).graph.initializer if each.name.endswith(".codes")}
+    return {
+        each.name: each for each in onnx.load(str(path)).graph.initializer if each.name.endswith(".codes")
+    }
 
 
 INT4, UINT4, INT8, UINT8 = TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8, TensorProto.UINT8
@@ -128,7 +130,9 @@ def test_wrong_biases_and_codes_are_found(tmp_path: Path) -> None:
     for tensor in file.graph.initializer:
         if tensor.name == "wide.0.bias":
             unit = max(1, int(np.abs(numpy_helper.to_array(tensor)).max()) // 20)
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.int32(unit), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(numpy_helper.to_array(tensor) + np.int32(unit), tensor.name)
+            )
     onnx.save(file, str(wrong))
     assert check_layers(wrong, form, images(4), style.quantizers).wrong
 

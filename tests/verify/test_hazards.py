@@ -247,9 +247,7 @@ def requantized(between: str) -> onnx.ModelProto:
     """A tensor on two grids, one after the other, with an operator between the quantizers that changes nothing."""
     hand = Hand([8, 6, 6])
     x = hand.quantized("x", 0.03, np.uint8(128))
-    return hand.model(
-        hand.quantized(hand.add(between, [x], axis=1) if between else x, 0.071, np.uint8(100))
-    )
+    return hand.model(hand.quantized(hand.add(between, [x], axis=1) if between else x, 0.071, np.uint8(100)))
 
 
 def test_h10_second_of_two_grids_is_lost() -> None:
@@ -258,7 +256,6 @@ def test_h10_second_of_two_grids_is_lost() -> None:
     assert changed(requantized("Concat"), [8, 6, 6]) == 0
     if changed(requantized(""), [8, 6, 6]) == 0:
         skip()
-
 
 
 def test_h8_gemm_loses_its_factor() -> None:

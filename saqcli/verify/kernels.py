@@ -5,11 +5,13 @@ operators that they were fused from, by which they are assigned to the layers of
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from saqcli.export import onnx_helpers
+from saqcli.units import counted
 
 _FLOAT_RESULT = ("DequantizeLinear", "MatMulIntegerToFloat", "ConvIntegerToFloat", "DynamicQuantizeMatMul")
 _QGEMM_INPUTS = 9  # of a QGemm that returns codes; with fewer it returns values
@@ -67,7 +69,7 @@ def list_operators(original: Any, optimized: Any) -> tuple[Operator, ...]:
     constants = {each.name for each in optimized.initializer}
     codes, after_codes = _flows(optimized, constants)
     to_codes = _reaching_quantizers(optimized)
-    ahead = _known_ahead(optimized, readers)
+    ahead = _known_ahead(optimized, layers, readers)
     found = []
     for node in optimized.node:
         inputs = [name for name in node.input if name and name not in constants]
@@ -153,37 +155,39 @@ def _original_name(node: Any) -> str:
     return re.sub(r"_token_\d+$", "", node.name)
 
 
-def _known_ahead(graph: Any, readers: Mapping[str, str]) -> dict[str, str]:
+def _known_ahead(graph: Any, layers: Mapping[str, str], readers: Mapping[str, str]) -> dict[str, str]:
     """The layer or junction that reads every tensor of the optimized graph next, directly or later.
 
     Args:
         graph: the optimized graph.
-        readers: the same for operators of the file, by name; the optimizer adds others.
+        layers: by the names of operators of the file.
+        readers: what reads their results next, as well; the optimizer adds operators with other names.
     """
     ahead: dict[str, str] = {}
     for node in reversed(graph.node):
-        known = readers.get(_original_name(node)) or next(
-            (ahead[name] for name in node.output if name in ahead), ""
-        )
-        for name in node.output:
-            ahead.setdefault(name, known)
-        for name in node.input:
-            if known:
-                ahead[name] = known
+        name = _original_name(node)
+        following = readers.get(name) or next((ahead[each] for each in node.output if each in ahead), "")
+        ahead.update({each: following for each in node.output if following})
+        own = layers.get(name) or following
+        ahead.update({each: own for each in node.input if own})
     return ahead
 
 
+NAMED = 4  # most places that a line names
+
+
 def summary(operators: tuple[Operator, ...]) -> Iterator[str]:
-    """Lines for a person: how many operators of each kind run on integers, then each that does not."""
-    kinds: dict[str, int] = {}
+    """Lines for a person: operators by kind, on integers, between codes, and others in floating point."""
+    integer = Counter(each.kind for each in operators if each.integer)
+    if integer:
+        yield f"on integers: {', '.join(f'{count} {kind}' for kind, count in integer.items())}"
+    trips = sum(each.round_trip and each.kind == QUANTIZE for each in operators)
+    if trips:
+        yield f"codes become values and codes again {counted(trips, 'time')}"
+    places: dict[str, list[str]] = {}
     for each in operators:
-        if each.integer:
-            kinds[each.kind] = kinds.get(each.kind, 0) + 1
-    if kinds:
-        yield f"on integers: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
-    for trips, text in ((True, "between codes, in floating point"), (False, "in floating point")):
-        rest = [
-            f"{each.kind} {each.place}" for each in operators if not each.integer and each.round_trip is trips
-        ]
-        if rest:
-            yield f"{text}: {', '.join(rest)}"
+        if not each.integer and each.kind not in (QUANTIZE, DEQUANTIZE):
+            places.setdefault(each.kind, []).append(each.place)
+    for kind, found in places.items():
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        yield f"in floating point: {len(found)} {kind} ({', '.join(found[:NAMED])}{more})"

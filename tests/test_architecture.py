@@ -57,7 +57,6 @@ FAMILIES = {
     "analysis": {"base"},
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),
-        *("integer_bias", "integer_graph"),
         *("exact_form", "exact_sums", "integers", "ordered", "restore", "safetensors"),
     },
     "quant/quantizers": {"base", "ranges"},

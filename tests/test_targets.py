@@ -12,7 +12,7 @@ from saqcli.api.files import metadata_of
 from saqcli.config import resolve
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.export import STYLES
-from saqcli.pipelines.export import style_for
+from saqcli.pipelines.bits import style_for
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.junctions.kinds import KINDS

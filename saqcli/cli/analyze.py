@@ -255,7 +255,7 @@ def analyze_command(
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.readings import show_analysis
+    from saqcli.cli.screens.readings import show_analysis
 
     show_analysis(result)
 

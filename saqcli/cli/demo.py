@@ -44,7 +44,7 @@ def demo_command(
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.tables import show_policy, show_quantized
+    from saqcli.cli.screens.tables import show_policy, show_quantized
 
     layers = json.loads((run_dir / "quantized" / "search.json").read_text(encoding="utf-8"))["layers"]
     show_policy(result["policy"], layers)

@@ -108,11 +108,11 @@ def eval_command(
         print_json(result)
         return
     if result["images"] is not None:
-        from saqcli.cli.tables import show_evaluation
+        from saqcli.cli.screens.tables import show_evaluation
 
         show_evaluation(result)
     if result["bench"] is not None:
-        from saqcli.cli.readings import show_bench
+        from saqcli.cli.screens.readings import show_bench
 
         show_bench(result["bench"])
 

@@ -69,6 +69,6 @@ def export_command(
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.tables import show_export
+    from saqcli.cli.screens.tables import show_export
 
     show_export(result)

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from saqcli.cli.tables import print_table, print_text
+from saqcli.cli.screens.tables import print_table, print_text
 from saqcli.units import counted
 
 

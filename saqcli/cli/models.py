@@ -52,7 +52,7 @@ def models_command(
             }
         )
     elif sys.stdout.isatty():
-        from saqcli.cli.tables import show_models
+        from saqcli.cli.screens.tables import show_models
 
         show_models(entries)
     else:

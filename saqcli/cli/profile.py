@@ -142,7 +142,7 @@ def profile_command(
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.tables import show_profile
+    from saqcli.cli.screens.tables import show_profile
 
     show_profile(result)
 

@@ -87,7 +87,7 @@ def quantize_command(
     if json_output:
         print_json(result)
     else:
-        from saqcli.cli.tables import show_quantized
+        from saqcli.cli.screens.tables import show_quantized
 
         show_quantized(result)
     r.check_accuracy(result)

@@ -67,7 +67,7 @@ def rerun_command(
     if json_output:
         print_json(found.to_dict())
     else:
-        from saqcli.cli.tables import show_rerun
+        from saqcli.cli.screens.tables import show_rerun
 
         show_rerun(found.to_dict())
     if not found.identical:

@@ -153,6 +153,6 @@ def dry_run(
     if json_output:
         print_json(result)
         return
-    from saqcli.cli.dry_run import show_plan
+    from saqcli.cli.screens.dry_run import show_plan
 
     show_plan(result)

@@ -78,7 +78,7 @@ def search_command(
     if json_output:
         print_json(result)
     else:
-        from saqcli.cli.tables import show_searched
+        from saqcli.cli.screens.tables import show_searched
 
         show_searched(result)
     r.check_accuracy(result)

@@ -30,7 +30,7 @@ def targets_command(
         found: dict[str, Any] = {"targets": [each.model_dump(mode="json") for each in chosen]}
         print_json(found if name is None else found["targets"][0])
         return
-    from saqcli.cli.tables import show_target, show_targets
+    from saqcli.cli.screens.tables import show_target, show_targets
 
     if name is None:
         show_targets(chosen)

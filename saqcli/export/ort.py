@@ -5,7 +5,7 @@
     bias (INT32, in units of the accumulator) -- DQ --'
 
 ONNX Runtime fuses such a pattern into an integer kernel under conditions that the rewritten graph meets
-(``integer_graph``): all operands come from DequantizeLinear, the result has one reader, which is a quantizer;
+(``integer.graph``): all operands come from DequantizeLinear, the result has one reader, which is a quantizer;
 activations are UINT8, also signed ones (zero point 128); the step of a bias is the product of the steps of input and
 weight; the weight of a Gemm has a zero point. Which layers do run on integers depends on the quantizers of the network:
 a target puts them on the operands of additions, pools and other junctions, and the benchmark of ``saq eval`` lists what
@@ -29,7 +29,9 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from saqcli.export import integer_bias, integer_graph, onnx_helpers
+from saqcli.export import onnx_helpers
+from saqcli.export.integer import bias as integer_bias
+from saqcli.export.integer import graph as integer_graph
 from saqcli.export.onnx_helpers import BYTE_SPAN, UINT4_SPAN, array_of, constant, insert_before, number, text
 from saqcli.export.style import Coding, OnnxStyle, integer_codes
 from saqcli.export.tracing import ANNOTATIONS

@@ -8,6 +8,7 @@ from saqcli.api.searching import searcher_with
 from saqcli.api.targets import policy_file
 from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
+from saqcli.export.model_metadata import ModelMetadata
 from saqcli.pipelines.setup import Network
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.convert import Scheme
@@ -16,7 +17,7 @@ from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, parse
 from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
-from saqcli.target import find_deployment
+from saqcli.target import TARGETS, find_deployment
 from saqcli.units import SETTINGS, Quantity, parse_cost, parse_quantity
 
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
@@ -264,6 +265,45 @@ def check_target(config: RunConfig, scheme: Scheme) -> None:
         problems.attempt(target.check_scheme, scheme)
         problems.attempt(target.check_styles, config.export.styles)
     problems.check()
+
+
+def check_deployment(target: str) -> None:
+    """Check that there is a target of this name, or in this file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    find_deployment(target)
+
+
+def style_for(metadata: ModelMetadata, style: str | None, target: str | None) -> str:
+    """The style that a model is written in for its target.
+
+    Args:
+        metadata: of the model.
+        style: as the user gives it, or None.
+        target: name or file of the target; None for that of the model.
+
+    Raises:
+        ConfigError: the target does not read the style.
+        UnsupportedModel: the target cannot run the model; the message names the reason.
+    """
+    name = metadata.scheme.target if target is None else target
+    if (
+        target is None and name not in TARGETS
+    ):  # the user's own file, or another package's: the run knows the styles
+        return style or "qdq"
+    deployment = find_deployment(name)
+    if style is not None:
+        deployment.check_styles((style,))
+    if target is not None:
+        deployment.check_scheme(metadata.scheme)
+        deployment.check_policy(metadata.policy.layers)
+        before = TARGETS.get(metadata.scheme.target)
+        operators = metadata.junctions.operators.values() if metadata.junctions else ()
+        kinds = {each.kind for each in operators} | set(before.junctions if before else ())
+        deployment.check_junctions(metadata.policy.model, frozenset(kinds))
+    return style or (deployment.styles or ("qdq",))[0]
 
 
 def read_policy(text: str, network: Network) -> BitConfig:

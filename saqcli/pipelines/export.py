@@ -17,14 +17,13 @@ from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
 from saqcli.models.load import OwnNetwork, Preprocessing
 from saqcli.models.own import check_named
+from saqcli.pipelines.bits import check_deployment, style_for
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import open_run_images, open_trained, saved_model
 from saqcli.progress import Progress
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder
-from saqcli.target import TARGETS, find_deployment
-from saqcli.training.loop import Batches
 from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified
 from saqcli.verify.shared import SharedProof
@@ -107,7 +106,7 @@ def export(
     about: dict[str, Any] = {"true_size": size}
     if data.path is None:
         made = synthetic_batches(preprocessing)
-        batches: Batches = made
+        batches: Any = made
         count = len(made)
     else:
         split = open_trained(data, "val", metadata, str(source), progress)
@@ -118,36 +117,6 @@ def export(
         about |= {"verified_on": data.path, "available": split.images}
     verdict = export_verified(model, metadata, path, style, batches, count, progress, runtimes, **about)
     return Export(path, style, verdict)
-
-
-def style_for(metadata: ModelMetadata, style: str | None, target: str | None) -> str:
-    """The style that a model is written in for its target.
-
-    Args:
-        metadata: of the model.
-        style: as the user gives it, or None.
-        target: name or file of the target; None for that of the model.
-
-    Raises:
-        ConfigError: the target does not read the style.
-        UnsupportedModel: the target cannot run the model; the message names the reason.
-    """
-    name = metadata.scheme.target if target is None else target
-    if (
-        target is None and name not in TARGETS
-    ):  # the user's own file, or another package's: the run knows the styles
-        return style or "qdq"
-    deployment = find_deployment(name)
-    if style is not None:
-        deployment.check_styles((style,))
-    if target is not None:
-        deployment.check_scheme(metadata.scheme)
-        deployment.check_policy(metadata.policy.layers)
-        before = TARGETS.get(metadata.scheme.target)
-        operators = metadata.junctions.operators.values() if metadata.junctions else ()
-        kinds = {each.kind for each in operators} | set(before.junctions if before else ())
-        deployment.check_junctions(metadata.policy.model, frozenset(kinds))
-    return style or (deployment.styles or ("qdq",))[0]
 
 
 def check_export(
@@ -172,7 +141,7 @@ def check_export(
     if style is not None:
         problems.attempt(check_styles, (style,))
     if target is not None:
-        problems.attempt(find_deployment, target)
+        problems.attempt(check_deployment, target)
     for runtime in runtimes:
         problems.attempt(check_runtime, runtime)
     if path.suffix != ".onnx":

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers
-from saqcli.export.integer_graph import MOVES_CODES
+from saqcli.export.integer.graph import MOVES_CODES
 from saqcli.export.integer_kernels import LARGEST_SHIFT
 from saqcli.export.operators import FrozenInput
 from saqcli.export.style import OnnxStyle, Reader

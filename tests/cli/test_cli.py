@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from saqcli.cli.quantize import EFFICIENT
-from saqcli.cli.tables import show_models
+from saqcli.cli.screens.tables import show_models
 from saqcli.models.catalogue import Entry
 from saqcli.pipelines import quantize
 from saqcli.runs.checkpoints import CheckpointFile

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from saqcli.cli import console
-from saqcli.cli.readings import show_analysis, show_bench
-from saqcli.cli.tables import show_evaluation, show_profile
+from saqcli.cli.screens.readings import show_analysis, show_bench
+from saqcli.cli.screens.tables import show_evaluation, show_profile
 from saqcli.units import counted, format_duration, format_figure
 from tests.support.command_line import answer, saq
 from tests.support.digits import MODEL, float_options

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import saqcli as saq
 from saqcli.api.files import metadata_of
 from saqcli.export import STYLES
-from saqcli.export.integer_bias import INT32_MAX, grid_bias, round_biases
+from saqcli.export.integer.bias import INT32_MAX, grid_bias, round_biases
 from saqcli.export.onnx_helpers import may_saturate
 from saqcli.export.operators import frozen_copy
 from saqcli.quant.layer import quantized_layers

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from saqcli.cli import app
-from saqcli.cli.readings import SMALLER_NOT_FASTER, show_bench
+from saqcli.cli.screens.readings import SMALLER_NOT_FASTER, show_bench
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.export.qdq import QdqExporter

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from saqcli.cli.tables import show_quantized
+from saqcli.cli.screens.tables import show_quantized
 from saqcli.config import TrainingSection
 from saqcli.export.restore import restore
 from saqcli.pipelines import analysis_inputs, stages

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from saqcli.analysis import INSTRUMENTS
-from saqcli.cli.tables import print_table, print_text
+from saqcli.cli.screens.tables import print_table, print_text
 from saqcli.pipelines.analysis_inputs import images_of
 from saqcli.report.canvas import titles
 from saqcli.units import counted, format_figure, format_quantity, with_error

@@ -11,7 +11,7 @@ the function:
     ReLU, Clip -- Q                   Q, with a narrower range of codes: rounding to the grid is monotone
 
 The bias of every layer is an INT32 in units of input step times weight step, the unit of its accumulator. This changes
-the function by up to half a unit; ``integer_bias`` does the same to the PyTorch model that a file is compared with.
+the function by up to half a unit; ``bias`` does the same to the PyTorch model that a file is compared with.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from saqcli.export import onnx_helpers
-from saqcli.export.integer_bias import grid_bias
+from saqcli.export.integer.bias import grid_bias
 from saqcli.export.onnx_helpers import array_of, consumers, number, placeholders
 
 # Operators that move codes and change none. Pad inserts zeros, which have a code.

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from saqcli.cli.flags import as_flags
-from saqcli.cli.tables import print_text, times_fewer, width_of
+from saqcli.cli.screens.tables import print_text, times_fewer, width_of
 from saqcli.units import counted, format_quantity
 
 NAMED = 5  # classes or layers listed by name

@@ -1,0 +1,1 @@
+"""Integers from input to logits: the graph arranged for integer kernels, and biases in units of the accumulator."""

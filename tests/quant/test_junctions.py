@@ -388,12 +388,12 @@ def test_readers_of_one_tensor_have_one_quantizer(name: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 3, 64, 64)
     q = saq.quantize_model(make().eval(), 8, calibration=[x], junctions=tuple(k for k in ALL))
-    seen: dict[int, Quantizer] = {}
+    seen: dict[tuple[int, int], Quantizer] = {}  # by tensor and the number of writes to it
     alive: list[Tensor] = []
 
     def note(quantizer: Quantizer, given: tuple[Tensor, ...], _: Any) -> None:
         alive.append(given[0])
-        assert seen.setdefault(id(given[0]), quantizer) is quantizer
+        assert seen.setdefault((id(given[0]), given[0]._version), quantizer) is quantizer
 
     for place in activation_places(q).values():
         place.quantizer.register_forward_hook(note)

@@ -22,6 +22,7 @@ from saqcli.export.operators import frozen_copy
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import Quantizer
 from saqcli.verify.hazards import hazards
+from saqcli.verify.kernels import summary
 from saqcli.verify.layerwise import check_layers
 from saqcli.verify.runtime import open_file
 from saqcli.verify.verdict import Verdict
@@ -146,6 +147,10 @@ def test_without_junctions_additions_are_between_codes(tmp_path: Path) -> None:
     assert {"DequantizeLinear", "QuantizeLinear"} <= {each.kind for each in rest}
     (narrow,) = [each for each in rest if each.layer == "narrow.0"]  # its result is added, as values
     assert narrow.round_trip
+    lines = list(summary(open_file(path).operators))
+    assert lines[0].startswith("on integers: ")
+    assert any(line.startswith("codes become values and codes again") for line in lines)
+    assert any("narrow.0" in line for line in lines)
 
 
 def test_int8_weights_of_style_for_vnni(tmp_path: Path) -> None:

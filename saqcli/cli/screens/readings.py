@@ -182,7 +182,7 @@ def show_bench(bench: dict[str, Any]) -> None:
         f"Medians of {counted(bench['repeats'], 'run')} (interleaved); spread is the interquartile range.",
     )
     print_text(console, f"Relative is the throughput relative to {bench['baseline']}.")
-    for name, operators in bench["operators"].items():
+    for name, operators in bench.get("operators", {}).items():
         for line in summary(tuple(Operator(**each) for each in operators)):
             print_text(console, f"{name} {line}.")
     for note in bench["notes"]:

@@ -160,7 +160,7 @@ class Verdict:
             reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
             if self.twin is not None and self.twin.saturated:
                 reasons.append(_saturated(self.twin))
-        if self.equals_twin and self.twin is not None and self.twin.equal is False:
+        if self.equals_twin and self.twin is not None and self.twin.failed:
             reasons.append(_unlike_twin(self.twin))
         return reasons
 
@@ -234,6 +234,8 @@ def _saturated(check: TwinCheck) -> str:
 
 
 def _unlike_twin(check: TwinCheck) -> str:
+    if check.skipped is not None:
+        return check.skipped
     if not check.unlike:
         return f"its logits differ from its twin's by up to {check.max_abs_diff:.3g}"
     more = f" and {len(check.unlike) - NAMED} more" if len(check.unlike) > NAMED else ""

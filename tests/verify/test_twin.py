@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-from saqcli.errors import CorruptArtifact
+from saqcli.errors import CorruptArtifact, UnsupportedModel
 from saqcli.export import STYLES
 from saqcli.export.operators import frozen_copy
 from saqcli.progress import SILENT
@@ -22,9 +22,10 @@ from saqcli.quant.convert import Scheme
 from saqcli.verify.hazards import hazards, summaries
 from saqcli.verify.proof import prove_graph
 from saqcli.verify.twin import Machine, Twin
-from saqcli.verify.twin.check import TwinCheck, check_twin, unlike
+from saqcli.verify.twin.check import OTHER_PROCESSOR, TwinCheck, check_twin, unlike
 from saqcli.verify.twin.products import saturating_pairs, saturation_error
 from saqcli.verify.twin.rounding import fma
+from saqcli.verify.verdict import Verdict
 from tests.export.test_saturation import chain, pairwise_sum, spread
 from tests.support.networks import conv_bn, images, quantize, same_bits
 from tests.support.onnx_files import export
@@ -373,6 +374,34 @@ def test_files_without_integer_kernels_have_no_twin(tmp_path: Path) -> None:
     assert check_twin(path, frozen_copy(quantized.model), images(2), STYLES["qdq"]()) is None
 
 
+def test_styles_may_require_the_twin() -> None:
+    """What differs is reported, and refused by a style that says so."""
+    unequal = TwinCheck(images=4, operators=2, unlike=("conv",))
+    verdict = Verdict(4, 1.0, 0.0, 0.0, twin=unequal)
+
+    assert verdict.verified
+    assert verdict.figures()["twin"]["equal"] is False
+    verdict.equals_twin = True
+    assert verdict.reasons() == ["operators on codes differ from the twin's: conv"]
+
+
+def test_graphs_of_other_operators_are_skipped(tmp_path: Path) -> None:
+    """Operators that the twin does not know are named; constants of them are not folded."""
+    file = QdqFile((4,))
+    weight = np.ones((4, 3), np.int8)
+    y = file.node("Gemm", [file.quantized("x", 0.1), file.weight(weight, 0.1, None)])
+    file.nodes.append(onnx.helper.make_node("Gelu", [y], ["z"], domain="com.microsoft"))
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])
+    z = onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["n", 3])
+    graph = onnx.helper.make_graph(file.nodes, "graph", [x], [z], file.constants)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+
+    with pytest.raises(UnsupportedModel, match="the twin cannot compute Gelu"):
+        Twin(path).run(np.zeros((1, 4), np.float32))
+
+
 def test_linter_names_layers_and_remedy_of_saturation(tmp_path: Path) -> None:
     quantized = spread(quantize(chain, same_bits(8)))
     found = hazards(onnx.load(str(export(quantized, "qdq-vnni", tmp_path / "model.onnx"))))
@@ -428,6 +457,8 @@ def test_processors_are_told_apart() -> None:
 
 def test_skipped_and_unlike_checks_are_told_apart() -> None:
     assert TwinCheck(skipped="elsewhere").equal is None
+    assert TwinCheck(skipped="elsewhere").failed
+    assert not TwinCheck(skipped=OTHER_PROCESSOR).failed
     assert TwinCheck(unlike=("conv",)).equal is False
     assert TwinCheck(max_abs_diff=1e-6).equal is False
     assert TwinCheck(max_abs_diff=1e-6, floating=("mean",)).equal is True

@@ -23,9 +23,9 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from saqcli.errors import UnsupportedModel
 from saqcli.export.style import OnnxStyle
-from saqcli.verify.layerwise import Unmatched, cut_open, recorded
+from saqcli.serialization import printable
+from saqcli.verify.layerwise import cut_open, recorded
 from saqcli.verify.runtime import onnx_session, translated_errors
 from saqcli.verify.twin.graph import Graph, Node
 from saqcli.verify.twin.operators import OPERATORS, Machine
@@ -83,6 +83,11 @@ class TwinCheck:
         if self.skipped is not None:
             return None
         return not self.unlike and (self.max_abs_diff == 0 or bool(self.floating))
+
+    @property
+    def failed(self) -> bool:
+        """Whether file and twin differ, or the twin cannot compute the file although it knows the processor."""
+        return self.equal is False or self.skipped not in (None, OTHER_PROCESSOR)
 
     @property
     def saturated(self) -> bool:
@@ -169,14 +174,16 @@ def check_twin(
             return TwinCheck(operators=operators, saturating=twin.saturating, skipped=OTHER_PROCESSOR)
         cuts, names = _cuts(path, frozen, images, style)
         found = twin.trace(images.numpy(), names)
-    except (UnsupportedModel, Unmatched) as error:
-        return TwinCheck(skipped=str(error))
-    logits = found[twin.graph.output]
-    answer = onnx_session(path, optimized=True)(images).numpy()
+        logits = found[twin.graph.output]
+        answer = onnx_session(path, optimized=True)(images).numpy()
+        differing = unlike(path, twin, images.numpy())
+    except Exception as error:  # anything may be in a graph; a report does not keep a file from its user
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+        return TwinCheck(skipped=f"the twin cannot compute the file: {reason}")
     return TwinCheck(
         images=len(images),
         operators=operators,
-        unlike=unlike(path, twin, images.numpy()),
+        unlike=differing,
         floating=twin.uncertain,
         max_abs_diff=float(np.abs(logits - answer).max(initial=0.0)),
         saturating=twin.saturating,

@@ -123,10 +123,6 @@ class Graph:
         self.output = graph.output[0].name
         opsets = {each.domain: each.version for each in model.opset_import}
         self.opset = int(opsets.get("", opsets.get("ai.onnx", 1)))
-        self.shapes = {
-            each.name: [dim.dim_value or 0 for dim in each.type.tensor_type.shape.dim]
-            for each in (*graph.input, *graph.value_info, *graph.output)
-        }
         self.renamed: dict[str, str] = {}
         self.shifted: set[str] = set()
         self.nodes: list[Node] = []
@@ -156,12 +152,23 @@ class Graph:
                 array = np.array(next(iter(attributes.values())))
                 array = array.astype(np.float32) if array.dtype == np.float64 else array
             self.set_constant(node.output, array)
-        elif node.op != DEQUANTIZE and all(not name or name in self.constants for name in node.inputs):
-            values = [self.constants.get(name) for name in node.inputs]
-            for name, value in zip(proto.output, reference(proto, values, self.opset), strict=True):
-                self.set_constant(name, value)
-        else:
+        elif not self._fold(node):
             self.nodes.append(node)
+
+    def _fold(self, node: Node) -> bool:
+        """Make the outputs of a node constants, if its inputs are and ONNX's reference implementation knows it."""
+        proto = node.proto
+        if node.op == DEQUANTIZE or proto.domain not in ("", "ai.onnx") or not node.inputs:
+            return False
+        if not all(not name or name in self.constants for name in node.inputs):
+            return False
+        try:
+            results = reference(proto, [self.constants.get(name) for name in node.inputs], self.opset)
+        except Exception:  # anything may be in a file; the node stays, and fails where it is needed
+            return False
+        for name, value in zip(proto.output, results, strict=True):
+            self.set_constant(name, value)
+        return True
 
     def set_constant(self, name: str, array: Any) -> str:
         """Add a constant; return its name."""

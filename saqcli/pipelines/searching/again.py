@@ -1,4 +1,4 @@
-"""``saq search --from RUN``: the search of a run, solved again for another budget from the scores that it kept."""
+"""The search of a run, solved again for another budget from the scores that it kept: a part of ``saq search``."""
 
 import time
 from pathlib import Path

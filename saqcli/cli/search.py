@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from saqcli.cli import options as o
 from saqcli.cli import run_options as r
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.config import RunConfig
+from saqcli.errors import ConfigError
 from saqcli.option import RUN
 
 
@@ -39,6 +40,15 @@ def search_command(
             rich_help_panel=RUN,
         ),
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Solve the search of this run again for another budget, from the scores that it kept, without data",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     resume: r.Resume = False,
     overwrite: r.Overwrite = False,
     dry_run: r.DryRun = False,
@@ -49,7 +59,27 @@ def search_command(
     """Find bits for every layer of a network under a budget of bit-operations, of bytes, or of both.
 
     Example: `saq search resnet18 --budget 34G --searcher samq --data imagenet`
+
+    Example: `saq search --from runs/resnet18-34G-error --budget 20G`
     """
+    if source is not None:
+        alone = {"MODEL": model, "--config": config, "--resume": resume, "--dry-run": dry_run}
+        for name in (name for name, value in alone.items() if value):
+            given.problems.add(
+                ConfigError(f"--from {source} has its own network and settings: remove {name}")
+            )
+        resolved = _settings_of(source, given, assign)
+        from saqcli.pipelines.searching.again import search_again
+
+        result = search_again(
+            source,
+            resolved,
+            run_dir or r.default_run_dir(resolved, resolved.quantization.searcher),
+            overwrite=overwrite,
+            progress=progress_for(json_output=json_output, quiet=quiet),
+        )
+        _show(result, json_output=json_output)
+        return
     given.update({} if model is None else {"model.name": model})
     resumed = ("search", run_dir) if resume and run_dir else None
     check = partial(_check, dry_run=dry_run)
@@ -75,12 +105,7 @@ def search_command(
         overwrite=overwrite,
         progress=progress_for(json_output=json_output, quiet=quiet),
     )
-    if json_output:
-        print_json(result)
-    else:
-        from saqcli.cli.screens.tables import show_searched
-
-        show_searched(result)
+    _show(result, json_output=json_output)
     r.check_accuracy(result)
 
 
@@ -88,3 +113,33 @@ def _check(config: RunConfig, *, dry_run: bool) -> None:
     from saqcli.pipelines.checks import check_search
 
     check_search(config, images=not dry_run)
+
+
+BUDGETS = ("bops", "size", "max_drop", "min_top1")
+
+
+def _settings_of(source: Path, given: o.Given, assign: list[str] | None) -> RunConfig:
+    """The settings of the run ``source`` with what is given, which alone has a budget."""
+    from saqcli.pipelines.searching.again import check_again
+    from saqcli.runs.directory import RunDirectory
+
+    asked = {key: given.get(f"quantization.{key}") for key in BUDGETS}
+    pareto = given.get("search.pareto", 0)
+    run = given.problems.attempt(RunDirectory.open, source)
+    given.problems.check()
+    assert run is not None
+    found = r.resolved(given, run.path / "config.json", assign, None, lambda config: None)
+    section = found.quantization.model_copy(update=asked | {"bits": None, "policy": None})
+    search = found.search.model_copy(update={"pareto": pareto})
+    found = found.model_copy(update={"quantization": section, "search": search})
+    check_again(found)
+    return found
+
+
+def _show(result: dict[str, Any], *, json_output: bool) -> None:
+    if json_output:
+        print_json(result)
+        return
+    from saqcli.cli.screens.tables import show_searched
+
+    show_searched(result)

@@ -10,6 +10,7 @@ from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.report.front import draw_front
 from saqcli.report.pareto import Front, to_table, write_front
 from saqcli.report.policy import draw_policy
+from saqcli.report.search_scores import write_scores
 from saqcli.runs.directory import RunDirectory
 from saqcli.searchers.problem import SearchProblem, SearchResult
 from saqcli.serialization import json_text, parse_object, write_text
@@ -151,6 +152,8 @@ def write_search(
         files += write_front(front, run.path) + draw_front(front, run.path / "pareto")
     results["front"] = None if front is None else to_table(front)
     artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
+    scores = write_scores(run, searcher, problem.space, found)
+    artifacts |= {} if scores is None else {"scores": scores}
     results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}
     kept = {"schema_version": 1, "saq_version": __version__, **results}
     kept["configurations"] = [

@@ -3,6 +3,7 @@
 manifest.json     command, versions, status, results, and the SHA-256 of every artifact
 config.json       the resolved configuration
 policy.json       the bits of every layer
+scores.json       what a search measured, if it can be solved again from that
 search.json       the results of a search; its plots are policy.png, policy.svg and pareto.*
 metrics.jsonl     one object per line, appended during the run, restored from the checkpoint on resume
 checkpoints/      last.ckpt: model, optimizer, random state, position in the epoch; search.ckpt: an unfinished search,
@@ -80,7 +81,7 @@ class Metrics:
 # Training the proxy network; searching; keeping accuracy; fitting blocks.
 Stage = Literal["proxy", "search", "accuracy", "reconstruction"]
 _FILES = [  # other than manifest.json
-    *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json"),
+    *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json", "scores.json"),
     *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
 ]
 

@@ -53,7 +53,9 @@ class ErrorKnapsack:
         problem.space.check_reachable(problem.budget)
         losses = relative_noise(problem)
         choice = best_choice(problem.space, problem.budget, losses)
-        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(
+            choice, lambda budget: [best_choice(problem.space, budget, losses)], losses=losses
+        )
 
 
 class RandomSearch:

@@ -53,7 +53,9 @@ class HAWQ:
         problem.space.check_reachable(problem.budget)
         losses = self.losses(problem, self.traces(problem))
         choice = best_choice(problem.space, problem.budget, losses)
-        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(
+            choice, lambda budget: [best_choice(problem.space, budget, losses)], losses=losses
+        )
 
     def losses(self, problem: SearchProblem, traces: Traces) -> Losses:
         """Half the trace times the mean squared error; a negative trace is noise and counts as 0."""

@@ -94,12 +94,15 @@ class SearchResult:
             within it, without further training.
         score: scores a configuration, calibrated; None if the search scored nothing.
         scored: every configuration that was scored.
+        losses: of every option, by decision, if the search minimizes their sum: kept in the run, so that it can be
+            solved again for another budget.
     """
 
     choice: list[int]
     propose: Propose
     score: ScoreOf | None = None
     scored: Sequence[Scored] = ()
+    losses: Sequence[Sequence[float]] | None = None
 
 
 def no_corrections(model: nn.Module) -> Callable[[], None]:

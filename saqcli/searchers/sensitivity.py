@@ -43,7 +43,9 @@ class Sensitivity:
         problem.space.check_reachable(problem.budget)
         losses = self.losses(problem)
         choice = best_choice(problem.space, problem.budget, losses)
-        return SearchResult(choice, lambda budget: [best_choice(problem.space, budget, losses)])
+        return SearchResult(
+            choice, lambda budget: [best_choice(problem.space, budget, losses)], losses=losses
+        )
 
     @torch.no_grad()
     def losses(self, problem: SearchProblem) -> Losses:

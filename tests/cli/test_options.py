@@ -58,7 +58,7 @@ ACCEPTED = {
     "--mixup --no-balance-norms --no-export "
     "--optimizer --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch --style "
     "--verify-images --calibration --compensate --no-compensate --reconstruct --no-reconstruct --iterations",
-    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --cache --calibration --epochs --lr --pareto --proxy --rho "
+    "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --from --cache --calibration --epochs --lr --pareto --proxy --rho "
     "--scoring-images --search-classes --search-images",
     "rerun": f"--builder {GENERAL} --calibration --data --device --overwrite --resume --run-dir --weights "
     "--workers",

@@ -1,4 +1,4 @@
-"""Measured profiles: the latency of every layer in ONNX Runtime on this machine, written as a table of costs.
+"""The latency of every layer in ONNX Runtime on this machine, written as a table of costs, for ``saq profile``.
 
 The whole network is exported in floating point and at each of the given widths, with levels fitted on noise, since
 values do not change times. All files are run in turns, each once per round, once with the runtime's profile, which

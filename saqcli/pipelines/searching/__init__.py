@@ -1,0 +1,1 @@
+"""Searches that need no images: solved again from the scores of a run."""

@@ -1,0 +1,102 @@
+"""The search of a run, solved again for another budget from the scores that it kept: a part of ``saq search``."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from saqcli.config import RunConfig
+from saqcli.errors import ConfigError, Problems
+from saqcli.pipelines.bits import check_bits, search_budget, space_of
+from saqcli.pipelines.calibration import scheme_of
+from saqcli.pipelines.find_bits import BoundSearch, FoundBits
+from saqcli.pipelines.search import save_search
+from saqcli.pipelines.setup import load_float, wrap_and_trace
+from saqcli.progress import SILENT, Progress
+from saqcli.report.search_scores import read_scores
+from saqcli.runs.directory import RunDirectory
+from saqcli.searchers import SearchProblem, SearchResult, best_choice
+from saqcli.searchers.problem import NO_IMAGES
+
+
+def check_again(config: RunConfig) -> None:
+    """Check the settings of a search that is solved again.
+
+    Raises:
+        SaqError: all problems in one message: no budget of cost, or something that needs images.
+    """
+    section, problems = config.quantization, Problems()
+    if section.bops is None and section.size is None:
+        problems.add(
+            ConfigError("no budget was given: use `quantization.bops=34G`, `quantization.size=5MB`, or both")
+        )
+    if section.max_drop is not None or section.min_top1 is not None:
+        problems.add(
+            ConfigError(
+                "a budget of accuracy is measured on images, which a search from kept scores does not read: remove "
+                "`quantization.max_drop` and `quantization.min_top1`, or search again"
+            )
+        )
+    if config.search.pareto:
+        problems.add(
+            ConfigError(
+                f"`search.pareto={config.search.pareto}` scores configurations on images, which a search from kept "
+                "scores does not read: remove it, or search again"
+            )
+        )
+    problems.attempt(check_bits, section, files=False)
+    problems.check()
+
+
+def search_again(
+    source: Path, config: RunConfig, run_dir: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Solve the search of the run ``source`` for the budget of ``config``; no data and no weights are read.
+
+    Args:
+        source: a run that searched.
+        config: that of ``source``, with another budget.
+        run_dir: created if missing; gets policy, results and plots as those of a search.
+        overwrite: replace the search in ``run_dir``.
+        progress: receives notes.
+
+    Returns:
+        Plain values, as in JSON.
+
+    Raises:
+        SaqError: ``source`` keeps no scores, or the budget is below the smallest reachable cost.
+    """
+    check_again(config)
+    scores = read_scores(RunDirectory.open(source))
+    section = config.model.model_copy(update={"pretrained": False, "weights": None})
+    network = wrap_and_trace(
+        load_float(section, SILENT), quantize_attention=config.quantization.quantize_attention
+    )
+    start = time.perf_counter()
+    space = space_of(config.quantization, network)
+    losses = scores.of(space, str(source))
+    asked, budget = search_budget(config.quantization, network, space)
+    for line in space.outlook(asked):
+        progress.note(line)
+    space.check_reachable(asked)
+    choice = best_choice(space, budget, losses)
+    result = SearchResult(choice, lambda other: [best_choice(space, other, losses)], losses=losses)
+    problem = SearchProblem(network.model, space, budget, scheme_of(config), {}, NO_IMAGES, _no_optimizer)
+    found = FoundBits(
+        scores.searcher,
+        time.perf_counter() - start,
+        result,
+        BoundSearch(problem, asked, network, network),
+    )
+    run = RunDirectory.start(run_dir, config, resume=False, overwrite=overwrite, verb="search")
+    with run.recorded():
+        results = save_search(found, config, run)
+        run.finish(results)
+        run.end_search()
+    return results
+
+
+def _no_optimizer(model: nn.Module) -> Optimizer:
+    raise AssertionError("nothing is trained")

@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, Problems
-from saqcli.pipelines.bits import check_bits, search_budget, space_of
-from saqcli.pipelines.calibration import scheme_of
+from saqcli.pipelines.bits import check_bits, scheme_of, search_budget, space_of
 from saqcli.pipelines.find_bits import BoundSearch, FoundBits
 from saqcli.pipelines.search import save_search
 from saqcli.pipelines.setup import load_float, wrap_and_trace
@@ -71,9 +70,7 @@ def search_again(
     check_again(config)
     scores = read_scores(RunDirectory.open(source))
     section = config.model.model_copy(update={"pretrained": False, "weights": None})
-    network = wrap_and_trace(
-        load_float(section, SILENT), quantize_attention=config.quantization.quantize_attention
-    )
+    network = wrap_and_trace(load_float(section, SILENT), config.quantization)
     start = time.perf_counter()
     space = space_of(config.quantization, network)
     losses = scores.of(space, str(source))

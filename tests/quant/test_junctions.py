@@ -351,7 +351,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, int], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SOME = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("mobilenetv2", "regnet") else [])
+    for name in NETWORKS
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_networks_of_the_libraries(name: str, tmp_path: Path) -> None:
     make, kinds, count = NETWORKS[name]
     torch.manual_seed(0)
@@ -381,7 +387,7 @@ def test_networks_of_the_libraries(name: str, tmp_path: Path) -> None:
     assert q.state_dict().keys() == net.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SOME)
 def test_readers_of_one_tensor_have_one_quantizer(name: str) -> None:
     """By the operators themselves: no tensor is quantized by two quantizers in a pass."""
     make, _, _ = NETWORKS[name]

@@ -51,6 +51,7 @@ class OrtExporter(OnnxStyle):
     quantizers = {"QuantizeLinear": integer_codes, "Clip": clipped_codes}  # noqa: RUF012 - a declaration
     containers: tuple[str, ...] = ("INT4", "UINT4", "INT8", "UINT8")
     deployed = True
+    equals_twin = True
     saturating = False  # whether sums of two products may exceed 16 bits
 
     def form(self, frozen: nn.Module, example: Tensor) -> nn.Module:

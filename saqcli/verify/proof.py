@@ -79,7 +79,7 @@ def prove_graph(
     if deployed is not None:
         verdict.moved = moved_codes(shared.frozen, deployed, few)
     if not exporter.bit_equal:
-        verdict.twin = check_twin(path, shared.frozen, few, exporter)
+        verdict.twin = check_twin(path, compared.frozen, few, exporter)
         verdict.equals_twin = exporter.equals_twin
     return verdict
 

@@ -64,6 +64,8 @@ class InputStatistics:
         if flat.numel() > SAMPLES_PER_BATCH:
             index = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator)
             flat = flat[index.to(flat.device)]
+        else:
+            flat = flat.clone()  # the next operator may write to it
         self._drawn.append(flat.cpu())
 
     def keep(self, x: Tensor, kernel: tuple[int, ...] | None) -> None:

@@ -94,6 +94,7 @@ class CostModel:
         other_bytes: bytes of everything except weights of layers.
         price: what a search counts in the place of bit-operations.
         unit: of the price.
+        joined_bops: bit-operations of junctions, if they are counted; the same whatever the bits of layers are.
     """
 
     layers: tuple[LayerCost, ...]
@@ -101,6 +102,7 @@ class CostModel:
     other_bytes: int = 0
     price: Price = LayerCost.bops
     unit: str = UNITS[0]
+    joined_bops: int = 0
 
     @property
     def macs(self) -> int:
@@ -126,7 +128,7 @@ class CostModel:
 
     def bops(self, config: BitConfig) -> int:
         """Bit-operations under ``config``, whatever the price."""
-        return replace(self, price=LayerCost.bops).cost(config).bops
+        return replace(self, price=LayerCost.bops, unit=UNITS[0]).cost(config).bops
 
     def size(self, config: BitConfig) -> int:
         """Bytes under ``config``."""
@@ -144,6 +146,8 @@ class CostModel:
             self.price(LayerCost(layer.name, layer.kind, layer.macs, 0, layer.name, None), in_float)
             for layer in self.unquantized
         )
+        if self.unit == UNITS[0]:
+            fixed += self.joined_bops
         return Cost(
             fixed + sum(cost.bops for cost in costs), self.other_bytes + sum(cost.size for cost in costs)
         )
@@ -208,13 +212,16 @@ def least_use(bound: int) -> int:
     return -(-round(1000 * BUDGET_USE) * bound // 1000)
 
 
-def cost_model(traced: Trace, classifiers: Iterable[str] = (), *, products: bool = False) -> CostModel:
+def cost_model(
+    traced: Trace, classifiers: Iterable[str] = (), *, products: bool = False, joined_bops: int = 0
+) -> CostModel:
     """The cost model of a traced network; first and last layer are pinned to 8 bits.
 
     Args:
         traced: trace of the wrapped float model.
         classifiers: names of further layers that return class scores (a distillation head).
         products: also count products of activations, as in quantized attention.
+        joined_bops: bit-operations of junctions, which are free in the counter of the paper.
     """
     following: dict[str, int] = {}
     for product in traced.products if products else ():
@@ -238,4 +245,4 @@ def cost_model(traced: Trace, classifiers: Iterable[str] = (), *, products: bool
         )
         for t in traced.layers.values()
     )
-    return CostModel(layers, tuple(traced.unquantized.values()), traced.other_bytes)
+    return CostModel(layers, tuple(traced.unquantized.values()), traced.other_bytes, joined_bops=joined_bops)

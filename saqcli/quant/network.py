@@ -50,6 +50,7 @@ def trace_network(
     quantize_attention: bool = False,
     junctions: Iterable[str] = (),
     junction_bits: int = JUNCTION_BITS,
+    count_junctions: bool = False,
 ) -> Network:
     """Trace a wrapped model on one sample, and prepare it for quantizers, in place.
 
@@ -63,6 +64,8 @@ def trace_network(
         junctions: kinds of operators whose operands are quantized too (``junctions.kinds.KINDS``); with any, every
             tensor has one quantizer for all that read it.
         junction_bits: of these operands.
+        count_junctions: each number that a quantized junction gives is counted as one multiply-accumulate of these
+            bits; by default junctions are free, as in the paper.
 
     Raises:
         ConfigError: there is no such kind.
@@ -81,7 +84,8 @@ def trace_network(
         convert.add_junctions(model, found)
     if pin_returned:
         classifiers = (*classifiers, *traced.returned)
-    costs = cost_model(traced, classifiers, products=quantize_attention)
+    counted = junction_bops(traced, found) if count_junctions and found is not None else 0
+    costs = cost_model(traced, classifiers, products=quantize_attention, joined_bops=counted)
     return Network(model, name, traced, costs, products, found)
 
 
@@ -94,3 +98,9 @@ def quantized_among(traced: Trace, kinds: frozenset[str], bits: int = JUNCTION_B
     }
     tensors = first_readers(traced.junctions, traced.reads, kinds)
     return Junctions(bits=bits, operators=operators, tensors=tensors)
+
+
+def junction_bops(traced: Trace, junctions: Junctions) -> int:
+    """Bit-operations of junctions for one image, if each number that they give is one multiply-accumulate."""
+    numbers = sum(each.numbers for each in traced.junctions if each.name in junctions.operators)
+    return numbers * junctions.bits**2

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from saqcli.errors import UnsupportedModel
 from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.junctions.quantized import QuantizedJunction
-from saqcli.quant.junctions.sharing import quantized_joins
+from saqcli.quant.junctions.sharing import places_of, quantized_joins
 from saqcli.quant.layer import QuantizedLayer, in_eval_mode, quantized_layers, weights_taken
 from saqcli.quant.products import OPERANDS
 
@@ -278,6 +278,30 @@ def _opaque(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
     return found
 
 
+class _Copying(nn.Module):
+    """In the place of a missing quantizer: its result is another value than its operand, as with a quantizer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A copy of ``x``."""
+        return x.clone()
+
+
+@contextmanager
+def _recorded_alike(model: nn.Module) -> Iterator[None]:
+    """Within the context a network in floating point has as many values in its pass as a quantized one."""
+    places = [
+        place for name, join in quantized_joins(model).items() for place in places_of(name, join).values()
+    ]
+    missing = [(place, place.quantizer) for place in places if isinstance(place.quantizer, nn.Identity)]
+    try:
+        for place, _ in missing:
+            place.put(_Copying())
+        yield
+    finally:
+        for place, identity in missing:
+            place.put(identity)
+
+
 @torch.no_grad()
 def record(model: nn.Module, call: Call) -> Tape:
     """Run ``model`` once, in eval mode, and record its operators.
@@ -285,6 +309,11 @@ def record(model: nn.Module, call: Call) -> Tape:
     Raises:
         Exception: whatever the forward raises.
     """
+    with _recorded_alike(model):
+        return _record(model, call)
+
+
+def _record(model: nn.Module, call: Call) -> Tape:
     recorder = _Recorder(model)
     layers = quantized_layers(model)
     handles: list[Any] = []

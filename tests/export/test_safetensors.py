@@ -362,10 +362,10 @@ def test_newer_format_is_reported_first(right: bool, good: Path, tmp_path: Path)
 
 def test_newer_metadata_version_is_reported(good: Path, tmp_path: Path) -> None:
     def newer(facts: dict[str, Any]) -> None:
-        facts |= {"schema_version": 2, "saq_version": "9.1", "unheard": 1}
+        facts |= {"schema_version": 3, "saq_version": "9.1", "unheard": 1}
 
     message = refused(write(tmp_path / "model.safetensors", with_metadata(good.read_bytes(), newer)))
-    assert "was written by saq 9.1, description version 2" in message
+    assert "was written by saq 9.1, description version 3" in message
     assert "upgrade saq" in message
 
 

@@ -24,7 +24,7 @@ def _drop(*keys: str) -> Callable[[dict[str, Any]], None]:
 
 FOUR = {"weight": 4, "activation": 4}
 TAMPERED: dict[str, Callable[[dict[str, Any]], None]] = {
-    "newer_schema": _set("schema_version", to=2),
+    "newer_schema": _set("schema_version", to=3),
     "newer_policy": _set("policy", "schema_version", to=2),
     "unknown_key": _set("surprise", to=1),
     "no_policy": _drop("policy"),

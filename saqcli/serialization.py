@@ -297,8 +297,9 @@ def _check_version(schema: type[BaseModel], value: object, source: str, error: t
     field = schema.model_fields.get("schema_version")
     if field is None or not isinstance(value, dict):
         return
-    version, (known,) = value.get("schema_version", field.default), typing.get_args(field.annotation)
-    if type(version) is int and version != known:
+    version, readable = value.get("schema_version", field.default), typing.get_args(field.annotation)
+    if type(version) is int and version not in readable:
+        known = max(readable)
         raise error(
             f"{source}: it was written by another version of saq: its schema_version is {_digits(version)}, saq "
             f"{__version__} reads {known}; {'upgrade saq' if version > known else 'create the file again'}"

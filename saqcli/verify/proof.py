@@ -20,7 +20,7 @@ from saqcli.verify.hazards import hazards, partition
 from saqcli.verify.layerwise import check_layers, moved_codes
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.shared import SharedProof
-from saqcli.verify.twin.check import check_twin
+from saqcli.verify.twin.check import check_twin, knows_runtime
 from saqcli.verify.verdict import Verdict, compare, worst
 
 PYTORCH = "pytorch"
@@ -80,7 +80,7 @@ def prove_graph(
         verdict.moved = moved_codes(shared.frozen, deployed, few)
     if not exporter.bit_equal:
         verdict.twin = check_twin(path, compared.frozen, few, exporter)
-        verdict.equals_twin = exporter.equals_twin
+        verdict.equals_twin = exporter.equals_twin and knows_runtime()
     return verdict
 
 

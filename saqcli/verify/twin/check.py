@@ -31,7 +31,13 @@ from saqcli.verify.twin.graph import Graph, Node
 from saqcli.verify.twin.operators import OPERATORS, Machine
 from saqcli.verify.twin.twin import Twin, evaluate_node
 
+RUNTIME = "1.32"  # of ONNX Runtime, with which all operators were compared; later ones may round otherwise and be right
 OTHER_PROCESSOR = "the twin has the arithmetic of x86 processors, and this is another"
+
+
+def knows_runtime() -> bool:
+    """Whether the twin was compared with the installed version of ONNX Runtime."""
+    return str(ort.__version__).startswith(f"{RUNTIME}.")
 
 
 @dataclass(frozen=True)

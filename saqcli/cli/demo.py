@@ -16,7 +16,12 @@ EPOCHS = 6
 
 @reporting
 @o.with_settings(
-    o.adapted("quantization.bops", default=BUDGET, panel=GENERAL),
+    o.adapted(
+        "quantization.bops",
+        default=BUDGET,
+        panel=GENERAL,
+        help="Budget of bit-operations for one image: `80M`, or `w4a4` for the cost of 4 bits everywhere",
+    ),
     o.adapted("training.epochs", default=f"{EPOCHS}", panel=GENERAL),
     o.adapted("run.seed", panel=GENERAL),
 )

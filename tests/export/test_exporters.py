@@ -142,7 +142,10 @@ def test_quantizer_nodes_state_layer_operand_bits(name: str, style: str, folder:
     policy = quantized.facts.policy.layers
     found: dict[str, dict[str, set[int]]] = {"input": {}, "weight": {}}
     for facts in filter(None, map(told, graph.node)):
-        assert set(facts) <= {"saq.layer", "saq.operand", "saq.bits", "saq.zero", "saq.pads", "saq.copy"}
+        known = {"saq.layer", "saq.operand", "saq.bits", "saq.zero", "saq.pads", "saq.copy", "saq.order"}
+        assert set(facts) <= known
+        if "saq.operand" not in facts:  # a part of a quantizer, whose last node has it
+            continue
         for layer in facts["saq.layer"].split(" "):
             found[facts["saq.operand"]].setdefault(layer, set()).add(int(facts["saq.bits"]))
 
@@ -235,10 +238,12 @@ def test_deep_network_matches_the_model(name: str, style: str, optimized: bool, 
 def test_every_bit_width_matches_the_model(bits: int, style: str, folder: Path) -> None:
     quantized = quantize(NETWORKS["depthwise"], same_bits(bits))
     path = written(folder, style, quantized, f"depthwise-{bits}")
-    x = images(256, seed=6)
+    x, expected = images(256, seed=6), quantized.model
+    if STYLES[style].deployed:  # with integer biases, which at 2 bits are coarse in a depthwise layer
+        expected = STYLES[style]().form(frozen_copy(expected), x[:2])
 
     for optimized in (False, True):
-        assert judge(answer(quantized.model, x), onnx_session(path, optimized=optimized)(x)).verified
+        assert judge(answer(expected, x), onnx_session(path, optimized=optimized)(x)).verified
 
 
 @pytest.mark.parametrize(("name", "style"), EXPORTED)

@@ -3,13 +3,14 @@
     python benchmarks/reconstruction.py --model saq/resnet20 --weights FILE --data DIR --bits w4a4,w3a3 --seeds 3 \\
         --out results [OPTIONS OF saq quantize]
 
-Every row is one ``saq quantize --recipe minutes``, as a user runs it; options that this script does not know are passed
-on. Each (network, bits, options, seed) is one line of ``results/results.jsonl``; existing lines are not run again, and
+Every row is one ``saq quantize --recipe minutes``, as a user runs it, without ONNX files; options that this script does
+not know are passed on. Each (network, bits, options, seed) is one line of ``results/results.jsonl``; existing lines are not run again, and
 a run that was interrupted is resumed. ``--table`` only prints the existing results as Markdown.
 """
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,12 @@ def run(command: list[str], folder: Path) -> dict[str, Any]:
         raise SystemExit(f"{' '.join(command)} failed: see {folder.with_suffix('.log')}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def cpu_seconds() -> float:
+    """Processor time of all commands so far: unlike wall time, it does not depend on what else runs."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def measure(wanted: Any, options: list[str]) -> None:
@@ -58,18 +65,20 @@ def measure(wanted: Any, options: list[str]) -> None:
                     "--seed",
                     str(seed),
                 ),
-                *("--recipe", "minutes", "--run-dir", str(folder), "--json"),
+                *("--recipe", "minutes", "--set", "export.styles=[]", "--run-dir", str(folder), "--json"),
                 *(("--weights", wanted.weights) if wanted.weights else ()),
                 *(("--data", wanted.data) if wanted.data else ()),
                 *options,
             ]
+            before = cpu_seconds()
             result = run(command, folder)
+            spent = cpu_seconds() - before
             kept_facts = {
                 name: facts("reconstruction")[name] for name in ("date", "commit", "cpu", "threads")
             }
             line = dict(zip(("model", "bits", "options", "seed"), key, strict=True))
             line |= {name: result[name] for name in ("float_top1", "bops", "size_bytes", "stages")}
-            append(found, line | kept_facts)
+            append(found, line | {"cpu_seconds": spent} | kept_facts)
             if not wanted.keep:
                 shutil.rmtree(folder)
 
@@ -80,7 +89,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         groups.setdefault(json.dumps([line["model"], line["bits"], line["options"]]), []).append(line)
     rows = [
-        "| network | bits | options | " + " | ".join(STAGES) + " | float | agreement | seconds | seeds |",
+        "| network | bits | options | " + " | ".join(STAGES) + " | float | agreement | CPU seconds | seeds |",
         "|" + "--|" * (len(STAGES) + 7),
     ]
     for members in groups.values():
@@ -90,7 +99,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             values = [row["top1"] for one in members for row in one["stages"] if row["stage"] == stage]
             cells.append(spread(values, 2) if len(values) > 1 else f"{values[0]:.2f}" if values else "")
         last = [one["stages"][-1] for one in members]
-        seconds = [sum(row["seconds"] for row in one["stages"]) for one in members]
+        seconds = [one["cpu_seconds"] for one in members]
         cells += [
             f"{first['float_top1']:.2f}",
             f"{sum(row['agreement'] for row in last) / len(last):.2f}",

@@ -882,7 +882,7 @@ def resolve_into(
 
 
 def _defaults_of_target(*given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the target that file, assignments or options name; later ones win.
+    """The settings of the target that file, assignments or options name, its first style among them; later ones win.
 
     Raises:
         ConfigError: there is no such target.
@@ -896,7 +896,10 @@ def _defaults_of_target(*given: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
     from saqcli.target import find_deployment
 
-    return find_deployment(name).settings
+    target = find_deployment(name)
+    chosen: dict[str, Any] = {"export": {"styles": target.styles[:1]}} if target.styles else {}
+    _merge(chosen, target.settings)
+    return chosen
 
 
 def _train_on_labels_only(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:

@@ -50,7 +50,7 @@ class Operand(_Part):
 
     Attributes:
         bits: widths that it runs, in any kind of kernel.
-        integer: those that it runs in integer kernels.
+        integer: those that it runs in integer kernels, for people.
         float: whether single layers may have it in floating point.
         asymmetric: whether its zero may lie anywhere in the range.
     """
@@ -69,8 +69,15 @@ class Weights(Operand):
         grids: levels, as in ``quantization.weight_grid``.
     """
 
-    granularity: tuple[Literal["channel", "tensor"], ...] = ("channel", "tensor")
-    grids: tuple[Literal["auto", "paper", "zero"], ...] = ("auto", "paper", "zero")
+    granularity: Annotated[tuple[Literal["channel", "tensor"], ...], Field(min_length=1)] = (
+        "channel",
+        "tensor",
+    )
+    grids: Annotated[tuple[Literal["auto", "paper", "zero"], ...], Field(min_length=1)] = (
+        "auto",
+        "paper",
+        "zero",
+    )
 
 
 class Inputs(Operand):
@@ -96,7 +103,7 @@ class Target(_Part):
         count_junctions: whether they count as bit-operations.
         weights: what it can do with weights.
         inputs: what it can do with inputs.
-        bias: container of biases; ``int32`` are multiples of input step times weight step.
+        bias: container of biases, for people; ``int32`` are multiples of input step times weight step.
         fused: neighbours that run as one operator, for people.
         notes: what else a person should know, for people.
         settings: defaults for this target, by section and key.
@@ -123,10 +130,6 @@ class Target(_Part):
                 if (section, key) in (("quantization", "target"), ("model", "name")):
                     raise ValueError(f"settings.{section}.{key} is not for a target to choose")
         return self
-
-    def runs_in_integers(self, bits: "_LayerBits") -> bool:
-        """Whether a layer of ``bits`` runs in an integer kernel."""
-        return bits.weight in self.weights.integer and bits.activation in self.inputs.integer
 
     def candidates(self, widths: tuple[int, ...], operand: Literal["weights", "inputs"]) -> tuple[int, ...]:
         """Those of ``widths`` that the target runs.
@@ -209,17 +212,17 @@ class Target(_Part):
                         "change its bits, or choose another `quantization.target`"
                     )
 
-    def check_junctions(self, model: str, kinds: frozenset[str]) -> None:
+    def check_junctions(self, model: str, unquantized: frozenset[str]) -> None:
         """Refuse a quantized model without the quantizers that the target's integer kernels need.
 
         Args:
             model: its name.
-            kinds: of junctions that were quantized.
+            unquantized: kinds of its junctions that were not quantized.
 
         Raises:
             UnsupportedModel: names the kinds.
         """
-        missing = [kind for kind in self.junctions if kind not in kinds]
+        missing = [kind for kind in self.junctions if kind in unquantized]
         if missing:
             raise UnsupportedModel(
                 f"target {self.name} quantizes the operands of {_listed(tuple(missing))}, and {model} was quantized "

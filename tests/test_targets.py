@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import saqcli
 from saqcli.api.files import metadata_of
@@ -130,7 +130,7 @@ def test_own_target_works_from_the_command_line(tmp_path: Path) -> None:
     assert plan["config"]["quantization"]["target"] == str(file)
     wrong_bits = ("quantize", *MODEL, "--bits", "w4a3", "--target", file, "--style", "qonnx", "--dry-run")
     assert "inputs of 4 or 8 bits, and layer1.0.conv1 has 3" in last_error(saq(*wrong_bits))
-    wrong_style = ("quantize", *MODEL, "--bits", "4", "--target", file, "--dry-run")
+    wrong_style = ("quantize", *MODEL, "--bits", "4", "--target", file, "--style", "qdq", "--dry-run")
     assert "style qonnx, not qdq" in last_error(saq(*wrong_style))
 
 
@@ -176,15 +176,62 @@ def test_export_refuses_runs_without_the_targets_quantizers(tmp_path: Path) -> N
     images, path = [torch.rand(4, 3, 8, 8)], tmp_path / "net.safetensors"
     net = saqcli.quantize_model(small_net(), 8, calibration=images, weight_grid="zero")
     metadata = metadata_of(net)
-    with pytest.raises(
-        UnsupportedModel, match=r"operands of add, concat or pool.*quantization.target=openvino"
-    ):
-        style_for(metadata, None, "openvino")
-    assert style_for(metadata, None, None) == "qdq"
+    with pytest.raises(UnsupportedModel, match=r"operands of pool, and.*quantization.target=openvino"):
+        style_for(metadata, net, None, "openvino")
+    assert style_for(metadata, net, None, None) == "qdq"
     net = saqcli.quantize_model(small_net(), 8, calibration=images, weight_grid="zero", target="openvino")
     saqcli.save(net, path)
-    metadata = metadata_of(saqcli.load(path, model=small_net()))
-    assert style_for(metadata, None, None) == style_for(metadata, None, "openvino") == "qdq"
-    assert style_for(metadata, None, "tensorrt") == "trt"
+    net = saqcli.load(path, model=small_net())
+    metadata = metadata_of(net)
+    assert style_for(metadata, net, None, None) == style_for(metadata, net, None, "openvino") == "qdq"
+    assert style_for(metadata, net, None, "tensorrt") == "trt"
     with pytest.raises(ConfigError, match="style trt, not qdq"):
-        style_for(metadata, "qdq", "tensorrt")
+        style_for(metadata, net, "qdq", "tensorrt")
+
+
+class Joined(nn.Module):
+    """A residual addition, a pool and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.fc((x + self.second(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != PAPER])
+def test_files_for_every_target_are_proved(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantized = saqcli.quantize_model(
+        Joined(), 8, target=target, calibration=[torch.randn(16, 3, 8, 8)], weight_grid="zero"
+    )
+    verdict = saqcli.export_onnx(quantized, tmp_path / "net.onnx", style=TARGETS[target].styles[0])
+    assert verdict.verified
+
+
+def test_pins_do_not_evade_the_target() -> None:
+    pinned = ("--pin", "layer1.0.conv1=3", "--target", "int8-generic", "--budget", "w8a8", "--dry-run")
+    assert "layer1.0.conv1 has 3" in last_error(saq("search", *MODEL, *pinned))
+    with pytest.raises(UnsupportedModel, match="second has 4"):
+        saqcli.quantize_model(
+            Joined(),
+            budget="w8a8",
+            target="int8-generic",
+            pins={"second": "4"},
+            candidates=(8,),
+            calibration=[torch.randn(16, 3, 8, 8)],
+        )
+
+
+def test_own_target_brings_its_style(tmp_path: Path) -> None:
+    file = tmp_path / "chip.toml"
+    file.write_text(
+        'description = "a chip"\nstyles = ["qonnx"]\n[weights]\nbits = [4, 8]\n[inputs]\nbits = [8]\n'
+    )
+    options = {"model.name": "x", "quantization.target": str(file)}
+    assert resolve(options=options).export.styles == ("qonnx",)
+    plan = answer("search", *MODEL, "--target", file, "--budget", "w4a8", "--dry-run")
+    assert plan["budget_bops"] is not None

@@ -43,7 +43,7 @@ _SAME = {
         *("quantization.activation_quantizer", "quantization.weight_grid", "quantization.granularity"),
         *("quantization.weight_normalization", "quantization.quantize_attention"),
         *("quantization.clip_init", "quantization.error_power", "quantization.short_steps"),
-        "quantization.balance_norms",
+        *("quantization.balance_norms", "quantization.target"),
         *("quantization.correct_bias", "quantization.recalibrate_bn", "inplace"),
     ),
     "search": ("quantization.cost", "quantization.activation_candidates"),

@@ -58,6 +58,7 @@ def float_network(
     quantize_attention: bool = False,
     junctions: Iterable[str] = (),
     junction_bits: int = JUNCTION_BITS,
+    count_junctions: bool = False,
     fold_norms: bool = False,
 ) -> Network:
     """Wrap and trace a float module, in place; layers whose outputs it returns are pinned, like the first one.
@@ -77,6 +78,7 @@ def float_network(
         quantize_attention=quantize_attention,
         junctions=junctions,
         junction_bits=junction_bits,
+        count_junctions=count_junctions,
         fold_norms=fold_norms,
     )
 

@@ -183,6 +183,7 @@ def quantize_model(
         quantize_attention=quantize_attention,
         junctions=place.junctions or junctions,
         junction_bits=place.junction_bits,
+        count_junctions=place.count_junctions,
         fold_norms=short_steps is not None,
     )
     try:
@@ -207,6 +208,7 @@ def quantize_model(
                 progress=progress,
                 **options,
             ).policy
+            place.check_policy(chosen.layers)
         if balance_norms:
             folded = balanced(network.model, ready.calls, chosen, scheme, seed=seed, progress=progress)
             if any(each.folded for each in folded):

@@ -120,7 +120,7 @@ BUDGETS = ("bops", "size", "max_drop", "min_top1")
 
 def _settings_of(source: Path, given: o.Given, assign: list[str] | None) -> RunConfig:
     """The settings of the run ``source`` with what is given, which alone has a budget."""
-    from saqcli.pipelines.searching.again import check_again
+    from saqcli.pipelines.searching.again import check_again, check_same_scores
     from saqcli.runs.directory import RunDirectory
 
     asked = {key: given.get(f"quantization.{key}") for key in BUDGETS}
@@ -133,6 +133,7 @@ def _settings_of(source: Path, given: o.Given, assign: list[str] | None) -> RunC
     search = found.search.model_copy(update={"pareto": pareto})
     found = found.model_copy(update={"quantization": section, "search": search})
     check_again(found)
+    check_same_scores(found, source, run.config())
     return found
 
 

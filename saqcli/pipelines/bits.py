@@ -1,6 +1,10 @@
 """Given bits, a given policy, or a budget with its searcher and search space."""
 
+import copy
 from typing import get_args
+
+import torch
+from torch import nn
 
 from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, cost_unit, is_table, priced
 from saqcli.api.networks import in_order, uniform_policy
@@ -11,9 +15,10 @@ from saqcli.errors import ConfigError, Problems
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.pipelines.setup import Network
 from saqcli.quant.bits import BitConfig, parse_bits
-from saqcli.quant.convert import Scheme
+from saqcli.quant.convert import Scheme, unwrap, wrap
 from saqcli.quant.cost import Budget, CostModel
 from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, parse_rules, search_space
+from saqcli.quant.tracer import trace
 from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
@@ -128,14 +133,22 @@ def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
 
     Raises:
         ConfigError: pins that match no layer, or leave a layer without options.
+        UnsupportedModel: the target cannot run bits of a layer that a pin allows.
     """
-    target, activations = find_deployment(section.target), section.activation_candidates
-    weights = target.candidates(tuple(sorted(set(section.candidates))), "weights")
-    candidates = Candidates(
-        target.candidates(weights, "inputs") if activations is None else weights,
-        None if activations is None else target.candidates(tuple(sorted(set(activations))), "inputs"),
+    target, tied = find_deployment(section.target), section.activation_candidates is None
+    widths = tuple(sorted(set(section.candidates)))
+    weights = target.candidates(widths, "weights")
+    inputs = target.candidates(
+        tuple(sorted(set(section.activation_candidates or section.candidates))), "inputs"
     )
-    return search_space(network.name, costs_of(section, network), candidates, parse_rules(section.pins))
+    # a target with other widths of inputs than of weights unties them
+    candidates = Candidates(weights, None if tied and weights == inputs else inputs)
+    space = search_space(network.name, costs_of(section, network), candidates, parse_rules(section.pins))
+    target.check_policy(space.fixed)
+    for decision in space.decisions:
+        for option in decision.options:
+            target.check_policy(dict.fromkeys((layer.name for layer in decision.members), option))
+    return space
 
 
 def costs_of(section: QuantizationSection, network: Network) -> CostModel:
@@ -276,11 +289,21 @@ def check_deployment(target: str) -> None:
     find_deployment(target)
 
 
-def style_for(metadata: ModelMetadata, style: str | None, target: str | None) -> str:
+def kinds_in(model: nn.Module, metadata: ModelMetadata) -> frozenset[str]:
+    """The kinds of junctions in the network of a quantized model, quantized or not."""
+    plain = copy.deepcopy(model)
+    unwrap(plain)
+    wrap(plain)
+    found = trace(plain, torch.zeros(1, *metadata.preprocessing["input_size"]))
+    return frozenset(junction.kind for junction in found.junctions)
+
+
+def style_for(metadata: ModelMetadata, model: nn.Module, style: str | None, target: str | None) -> str:
     """The style that a model is written in for its target.
 
     Args:
         metadata: of the model.
+        model: quantized; not changed.
         style: as the user gives it, or None.
         target: name or file of the target; None for that of the model.
 
@@ -289,9 +312,7 @@ def style_for(metadata: ModelMetadata, style: str | None, target: str | None) ->
         UnsupportedModel: the target cannot run the model; the message names the reason.
     """
     name = metadata.scheme.target if target is None else target
-    if (
-        target is None and name not in TARGETS
-    ):  # the user's own file, or another package's: the run knows the styles
+    if target is None and name not in TARGETS:  # from the user's own file, whose content files do not repeat
         return style or "qdq"
     deployment = find_deployment(name)
     if style is not None:
@@ -299,10 +320,9 @@ def style_for(metadata: ModelMetadata, style: str | None, target: str | None) ->
     if target is not None:
         deployment.check_scheme(metadata.scheme)
         deployment.check_policy(metadata.policy.layers)
-        before = TARGETS.get(metadata.scheme.target)
         operators = metadata.junctions.operators.values() if metadata.junctions else ()
-        kinds = {each.kind for each in operators} | set(before.junctions if before else ())
-        deployment.check_junctions(metadata.policy.model, frozenset(kinds))
+        quantized = {each.kind for each in operators}
+        deployment.check_junctions(metadata.policy.model, kinds_in(model, metadata) - quantized)
     return style or (deployment.styles or ("qdq",))[0]
 
 

@@ -63,7 +63,7 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     if section.new_head and loaded.trained:
         loaded.notes.append(
             f"`model.new_head` changes nothing: {loaded.weights_source} has "
-            f"{loaded.num_classes} classes, as requested, and its classifier is kept"
+            f"{loaded.num_classes} class(es), as requested, and its classifier is kept"
         )
     for note in loaded.notes:
         progress.note(note)

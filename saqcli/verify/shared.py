@@ -27,6 +27,7 @@ from saqcli.quant import convert
 from saqcli.quant.grid import Grid, codes_of
 from saqcli.quant.layer import QuantizedLayer, quantized_layers, stores_codes, weight_owners
 from saqcli.quant.quantizers.base import Quantizer
+from saqcli.quant.routing import within_module
 
 PART = 16  # images of a pass in float64: what it computes stays in the cache
 _ROUNDING = 1e-10  # of the largest magnitude; float64 sums in another order stay far below
@@ -152,7 +153,8 @@ def sum_codes_exactly(double: nn.Module, images: Tensor) -> list[str]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             assert isinstance(layer, QuantizedLayer)
             agrees[name].append(False)
-            with suppress(RuntimeError, TypeError):  # of a forward pass with other arguments
+            # no operator here is one of the parent's; errors are those of a forward pass with other arguments
+            with within_module(), suppress(RuntimeError, TypeError):
                 answer = sums[name](*inputs)
                 limit = _ROUNDING * float(output.abs().max())
                 same = answer.shape == output.shape and float((answer - output).abs().max()) <= limit
@@ -207,6 +209,10 @@ class _IntegerSum:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output, float64, of the input in float64."""
+        with within_module():  # see ``sum_codes_exactly``
+            return self._sum(x)
+
+    def _sum(self, x: Tensor) -> Tensor:
         layer, inputs = self.layer, self.layer.input_quantizer
         assert isinstance(inputs, Quantizer)
         numbers = codes_of(x, inputs.step(), inputs.grid()).float()

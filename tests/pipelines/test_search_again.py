@@ -61,6 +61,9 @@ def test_what_cannot_be_solved_again(kept: Path, digits: Path, tmp_path: Path) -
 
     assert "searcher uniform may have none" in error("--from", uniform, "--budget", "w2a2")
     assert "no budget was given" in error("--from", kept)
+    assert "other --quantizer, --seed" in error(
+        "--from", kept, "--budget", "w4a4", "--quantizer", "lsq", "--seed", 3
+    )
     assert "did not measure layer" in error("--from", kept, "--budget", "w4a4", "--candidates", "4,7")
     assert "is measured on images" in error("--from", kept, "--budget", "w4a4", "--max-drop", 1)
     assert "remove MODEL" in error(MODEL, "--from", kept, "--budget", "w4a4")

@@ -98,6 +98,16 @@ def test_equal_images_are_computed_once() -> None:
     assert len(calls) == 3
 
 
+def without_operators(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a verdict with numbers of operators in the place of their names."""
+    twin = figures["twin"]
+    if twin is None:
+        return figures
+    return figures | {
+        "twin": {key: len(value) if isinstance(value, list) else value for key, value in twin.items()}
+    }
+
+
 def test_styles_share_trace_and_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = quantized("residual", 4)
     facts, batches = facts_of(model, x), [labelled(x, 0)]
@@ -115,7 +125,7 @@ def test_styles_share_trace_and_reference(tmp_path: Path, monkeypatch: pytest.Mo
         path, alone = tmp_path / f"{style}.onnx", tmp_path / f"{style}-alone.onnx"
         verdict = export_verified(model, facts, path, style, batches, 1, SILENT, shared=common)
         again = export_verified(model, facts, alone, style, batches, 1, SILENT)
-        assert again.figures() == verdict.figures()
+        assert without_operators(again.figures()) == without_operators(verdict.figures())
         assert again.layerwise == verdict.layerwise
         assert without_names(alone) == without_names(path)
     forms = len({STYLES[style].form for style in styles})

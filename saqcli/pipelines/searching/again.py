@@ -49,6 +49,41 @@ def check_again(config: RunConfig) -> None:
     problems.check()
 
 
+FREE = (
+    "bops",
+    "size",
+    "max_drop",
+    "min_top1",
+    "bits",
+    "policy",
+    "cost",
+    "candidates",
+    "activation_candidates",
+    "pins",
+)
+
+
+def check_same_scores(config: RunConfig, source: Path, before: RunConfig) -> None:
+    """Check that the kept scores are those of ``config``: what they depend on is as in ``before``, of ``source``.
+
+    Raises:
+        ConfigError: names every setting that differs.
+    """
+    changed = [
+        f"{section}.{key}"
+        for section in ("model", "data", "quantization")
+        for key, value in getattr(before, section)
+        if not (section == "quantization" and key in FREE) and getattr(getattr(config, section), key) != value
+    ]
+    changed += ["run.seed"] if config.run.seed != before.run.seed else []
+    if changed:
+        names = ", ".join(f"`{name}`" for name in changed)
+        raise ConfigError(
+            f"{source} measured its scores with other {names}: remove {'it' if len(changed) == 1 else 'them'}, or "
+            "search again"
+        )
+
+
 def search_again(
     source: Path, config: RunConfig, run_dir: Path, *, overwrite: bool = False, progress: Progress = SILENT
 ) -> dict[str, Any]:

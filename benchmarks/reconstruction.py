@@ -4,8 +4,8 @@
         --out results [OPTIONS OF saq quantize]
 
 Every row is one ``saq quantize --recipe minutes``, as a user runs it, without ONNX files; options that this script does
-not know are passed on. Each (network, bits, options, seed) is one line of ``results/results.jsonl``; existing lines are not run again, and
-a run that was interrupted is resumed. ``--table`` only prints the existing results as Markdown.
+not know are passed on. Each (network, bits, options, seed) is one line of ``results/results.jsonl``; existing lines are
+not run again, and a run that was interrupted is resumed. ``--table`` only prints the existing results as Markdown.
 """
 
 import json

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich import console as rich_console
 
-from saqcli.cli import tables
+from saqcli.cli.screens import tables
 from saqcli.cli.screens.tables import show_policy
 
 LONG = "stages.3.blocks.11.some_very_long_attention_name.token_mixer.projection"

@@ -266,17 +266,16 @@ def scheme_of(config: RunConfig) -> Scheme:
     )
 
 
-def check_target(config: RunConfig, scheme: Scheme) -> None:
-    """Check quantizers and styles against the target, before a network is loaded.
+def check_scheme(config: RunConfig) -> None:
+    """Check quantizers and styles, also against the target, before a network is loaded.
 
     Raises:
         SaqError: all problems in one message.
     """
-    problems = Problems()
-    target = problems.attempt(find_deployment, config.quantization.target)
-    if target is not None:
-        problems.attempt(target.check_scheme, scheme)
-        problems.attempt(target.check_styles, config.export.styles)
+    target, scheme, problems = find_deployment(config.quantization.target), scheme_of(config), Problems()
+    problems.attempt(scheme.check)
+    problems.attempt(target.check_scheme, scheme)
+    problems.attempt(target.check_styles, config.export.styles)
     problems.check()
 
 

@@ -24,10 +24,9 @@ from saqcli.pipelines.bits import (
     check_accuracy,
     check_bits,
     check_bits_source,
-    check_target,
+    check_scheme,
     given_policy,
     make_searcher,
-    scheme_of,
     space_of,
 )
 from saqcli.pipelines.proxy import proxy_data
@@ -169,10 +168,7 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
     problems.attempt(check_bits, config.quantization, files=files)
     problems.attempt(check_accuracy, config)
     problems.attempt(make_searcher, config)
-    scheme = problems.attempt(scheme_of, config)
-    if scheme is not None:
-        problems.attempt(scheme.check)
-        problems.attempt(check_target, config, scheme)
+    problems.attempt(check_scheme, config)
     problems.attempt(check_training, config)
     problems.attempt(check_device, config.run.device)
     if config.model.new_head and not config.training.epochs:
@@ -266,10 +262,7 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
     problems.attempt(check_bits, section, files=False)
     problems.attempt(check_accuracy, config)
     problems.attempt(make_searcher, config)
-    scheme = problems.attempt(scheme_of, config)
-    if scheme is not None:
-        problems.attempt(scheme.check)
-        problems.attempt(check_target, config, scheme)
+    problems.attempt(check_scheme, config)
     problems.attempt(make_optimizer, nn.Linear(1, 1, device="meta"), search_training(config))
     problems.attempt(check_device, config.run.device)
     check_builds(problems, config.model)

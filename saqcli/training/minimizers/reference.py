@@ -74,7 +74,7 @@ def sam(problem: Problem, state: dict[str, Any], **options: Any) -> tuple[Tensor
 
 
 def msam(
-    problem: Problem, state: dict[str, Any], *, rho: float, rho_unit: str = "deviation", beta: float = 0.9
+    problem: Problem, state: dict[str, Any], *, beta: float = 0.9, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L(Q(w) + e), e along the decaying sum of the gradients that the base optimizer got so far."""
     sums: dict[str, Tensor] = state.get("sums", {})
@@ -82,7 +82,7 @@ def msam(
         name: sums[name] for name in sums if problem.kinds[name] in ("biases", "norms", "activation_clips")
     }
     along |= {f"Q({name})": sums[name] for name in problem.quantized if name in sums}
-    loss, gradients = problem.gradients(_steepest(problem, along, rho, rho_unit) if along else None)
+    loss, gradients = problem.gradients(_steepest(problem, along, **options) if along else None)
     state["sums"] = {name: beta * sums.get(name, 0) + gradient for name, gradient in gradients.items()}
     return loss, gradients
 
@@ -127,7 +127,11 @@ def ascended(
 
 
 def _steepest(
-    problem: Problem, gradients: Mapping[str, Tensor], rho: float, rho_unit: str, eta: float | None = None
+    problem: Problem,
+    gradients: Mapping[str, Tensor],
+    rho: float,
+    rho_unit: str = "deviation",
+    eta: float | None = None,
 ) -> dict[str, Tensor]:
     """e = rho T**2 g / ||T g||."""
     scale = {name: _scale(problem, name, rho_unit, eta) for name in gradients}

@@ -86,7 +86,8 @@ def read_scores(run: RunDirectory) -> SearchScores:
         searcher = run.config().quantization.searcher
         raise RunDirectoryError(
             f"{run.path} keeps no scores to search again from: searcher {searcher} may have none, as samq, asga, "
-            "random and uniform have, or the run did not search to its end: search with error, sensitivity or hawq"
+            "swaps, random and uniform have, or the run did not search to its end: search with error, sensitivity, "
+            "hawq or fisher"
         )
     return parse_json(
         SearchScores, read_text(path, str(path), RunDirectoryError), str(path), RunDirectoryError

@@ -140,8 +140,7 @@ class Bench:
 
     def quantized(self, config: RunConfig, policy: BitConfig) -> tuple[nn.Module, Images]:
         """A new model, calibrated at ``policy``, and its images."""
-        loaded = replace(self.network.loaded, model=copy.deepcopy(self.network.model))
-        network, images = replace(self.network, loaded=loaded), self.images(config)
+        network, images = replace(self.network, model=copy.deepcopy(self.network.model)), self.images(config)
         return install_quantizers(config, network, policy, self.statistics, images, SILENT), images
 
     def train(self, policy: BitConfig, seed: int) -> dict[str, float]:

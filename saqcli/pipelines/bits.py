@@ -9,7 +9,7 @@ from torch import nn
 from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, cost_unit, is_table, priced
 from saqcli.api.networks import in_order, uniform_policy
 from saqcli.api.searching import searcher_with
-from saqcli.api.targets import policy_file
+from saqcli.api.sources import policy_file
 from saqcli.config import QuantizationSection, RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.export.model_metadata import ModelMetadata

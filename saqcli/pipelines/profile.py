@@ -4,7 +4,7 @@ from pathlib import Path
 
 from saqcli.api.costs import Profile, measure, space_of_candidates
 from saqcli.api.networks import float_policy, in_order
-from saqcli.api.targets import EVALUATED, Target, check_no_model_options, find_target, named_builder
+from saqcli.api.sources import EVALUATED, Source, check_no_model_options, find_source, named_builder
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export.restore import open_from_metadata
@@ -24,14 +24,14 @@ def check_profile(
     policy: Path | None,
     quantize_attention: bool,
     builder: str | None = None,
-) -> Target:
+) -> Source:
     """Check the arguments before the network is built; returns the target ``section.name``.
 
     Raises:
         SaqError: all problems in one message.
     """
     problems = Problems()
-    target = problems.attempt(find_target, section.name, EVALUATED, "MODEL")
+    target = problems.attempt(find_source, section.name, EVALUATED, "MODEL")
     problems.attempt(named_builder, target, builder)
     if target is not None and target.kind == "model":
         problems.attempt(check_model, section)
@@ -119,7 +119,7 @@ def profile_latency(
     return measure_latency(network, settings, progress)
 
 
-def _quantized(target: Target, builder: str | None, progress: Progress) -> tuple[Network, BitConfig]:
+def _quantized(target: Source, builder: str | None, progress: Progress) -> tuple[Network, BitConfig]:
     """The network and the bits of a run or a model file."""
     path, run, own = target.path, target.run, named_builder(target, builder)
     if run is not None:

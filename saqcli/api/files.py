@@ -269,6 +269,7 @@ def _described(
         ready.model,
         ready.example,
         quantize_attention=bool(metadata.products),
+        junctions=metadata.junctions,
         fold_norms=bool(metadata.absorbed),
     )
     found = Quantization(

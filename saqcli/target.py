@@ -131,6 +131,14 @@ class Target(_Part):
                     raise ValueError(f"settings.{section}.{key} is not for a target to choose")
         return self
 
+    @property
+    def adds(self) -> str:
+        """What is quantized besides layers, in words; empty if nothing is."""
+        if not self.junctions:
+            return ""
+        counted = "counted" if self.count_junctions else "not counted"
+        return f"{', '.join(self.junctions)} at {self.junction_bits} bits, {counted} as bit-operations"
+
     def candidates(self, widths: tuple[int, ...], operand: Literal["weights", "inputs"]) -> tuple[int, ...]:
         """Those of ``widths`` that the target runs.
 

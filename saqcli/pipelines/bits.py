@@ -1,7 +1,7 @@
 """Given bits, a given policy, or a budget with its searcher and search space."""
 
 import copy
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from saqcli.export.model_metadata import ModelMetadata
 from saqcli.pipelines.setup import Network
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.convert import Scheme, unwrap, wrap
-from saqcli.quant.cost import Budget, CostModel
+from saqcli.quant.cost import UNITS, Budget, CostModel
 from saqcli.quant.search_space import SearchSpace, parse_rule
 from saqcli.quant.tracer import trace
 from saqcli.searchers import SEARCHERS, Searcher
@@ -153,6 +153,31 @@ def costs_of(section: QuantizationSection, network: Network) -> CostModel:
         ConfigError: there is no such cost model.
     """
     return priced(network.costs, section.cost, section.contents.get("cost"))
+
+
+def figures_of(
+    section: QuantizationSection,
+    network: Network,
+    policy: BitConfig,
+    space: SearchSpace | None,
+    budget: Budget,
+) -> dict[str, Any]:
+    """What ``policy`` costs, the budget and what is reachable, where another cost model than bit-operations counts."""
+    costs = costs_of(section, network)
+    if costs.unit == UNITS[0]:
+        return {}
+    return {
+        "cost": costs.cost(policy).bops,
+        "cost_unit": costs.unit,
+        "budget_cost": budget.bops,
+        "floor_cost": None if space is None else space.floor.bops,
+        "ceiling_cost": None if space is None else space.ceiling.bops,
+    }
+
+
+def keeps_scores(section: QuantizationSection) -> bool:
+    """Whether the search of these settings can be solved for another budget from what it keeps."""
+    return SEARCHERS.find(section.searcher).keeps_scores
 
 
 def budget_of(section: QuantizationSection, network: Network) -> Budget:

@@ -176,10 +176,7 @@ def _quantized(source: Source, own: OwnNetwork | None, progress: Progress) -> _O
         path = run.safetensors_path
     assert path is not None
     loaded, metadata = open_from_metadata(path, own)
-    section = QuantizationSection(
-        quantize_attention=bool(metadata.products), short_steps=metadata.scheme.short_steps
-    )
-    network = wrap_and_trace(loaded, section, metadata.junctions)
+    network = wrap_and_trace(loaded, recorded=metadata)
     target = own_target(metadata, run.config().quantization if run else None)
     policy = in_order(metadata.policy, network, str(path))
     return _Opened(network, policy, metadata.scheme, target or TARGETS[PAPER])

@@ -19,7 +19,6 @@ from saqcli.models.load import LoadedModel, ModelSpec, OwnNetwork, Preprocessing
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert, network
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.junctions.sharing import Junctions
 from saqcli.quant.tracer import try_model
 from saqcli.random_state import seed_everything
 from saqcli.searchers import SEARCHERS
@@ -72,14 +71,14 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
 
 
 def wrap_and_trace(
-    loaded: LoadedModel, section: QuantizationSection | None = None, junctions: Junctions | None = None
+    loaded: LoadedModel, section: QuantizationSection | None = None, recorded: ModelMetadata | None = None
 ) -> Network:
     """Wrap the model in place and trace it with one random image of its input size.
 
     Args:
         loaded: the float model.
         section: says whether attention is quantized, for which target, and whether norms are folded; None for defaults.
-        junctions: that a file records, in the place of those of the target.
+        recorded: metadata of a quantized model, which say this in the place of ``section``.
 
     Raises:
         ConfigError: there is no such target.
@@ -87,6 +86,9 @@ def wrap_and_trace(
     """
     section = section or QuantizationSection()
     target, generator = target_of(section), torch.Generator().manual_seed(0)
+    attention, folded = section.quantize_attention, section.short_steps is not None
+    if recorded is not None:
+        attention, folded = bool(recorded.products), bool(recorded.absorbed)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
     convert.wrap(loaded.model)
     with explain_unsupported(loaded.name):
@@ -95,11 +97,11 @@ def wrap_and_trace(
             example,
             loaded.name,
             loaded.classifiers,
-            quantize_attention=section.quantize_attention,
-            junctions=junctions or target.junctions,
+            quantize_attention=attention,
+            junctions=target.junctions if recorded is None else recorded.junctions or (),
             junction_bits=target.junction_bits,
             count_junctions=target.count_junctions,
-            fold_norms=section.short_steps is not None,
+            fold_norms=folded,
         )
         check_output(found.traced.outputs, 1)
     return Network(**vars(found), loaded=loaded)

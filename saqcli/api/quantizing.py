@@ -9,6 +9,7 @@ correct             means and variances of batch norms, biases
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,7 @@ def quantize_model(
     error_power: float = 2.0,
     short_steps: int | None = None,
     quantize_attention: bool = False,
-    target: str | Target | None = None,
+    target: str | Path | Target | None = None,
     junctions: Iterable[str] = (),
     balance_norms: bool = False,
     recalibrate_bn: bool = True,

@@ -260,7 +260,7 @@ def test_library_searches_for_a_target() -> None:
         saqcli.search(Joined(), "w8a8", images, target="int8-generic", candidates=(2, 3))
     with pytest.raises(ConfigError, match="remove `junctions`, or `target`"):
         saqcli.search(Joined(), "w8a8", images, target=chip, junctions=("add",))
-    with pytest.raises(ConfigError, match="no `weight_grid="paper"`"):
+    with pytest.raises(ConfigError, match='no `weight_grid="paper"`'):
         saqcli.search(Joined(), "w8a8", images, target="tensorrt", weight_grid="paper")
 
 

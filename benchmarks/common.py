@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -54,9 +55,14 @@ def add_json(options: argparse.ArgumentParser) -> None:
 def facts(benchmark: str) -> dict[str, Any]:
     """What a result depends on beside its settings: command, date, processor, threads, versions.
 
-    ``load`` is the average of the last minute: this script's own threads, and other work on the machine.
+    ``load`` is the average of the last minute: this script's own threads, and other work on the machine. Of absolute
+    paths the last part is kept.
     """
-    arguments = [text for text in sys.argv[1:] if text != "--json"]
+    arguments = [
+        Path(text).name if Path(text).is_absolute() else shlex.quote(text)
+        for text in sys.argv[1:]
+        if text != "--json"
+    ]
     return {
         "benchmark": benchmark,
         "command": " ".join(["python", f"benchmarks/{benchmark}.py", *arguments]),

@@ -23,20 +23,36 @@ from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
-from saqcli.pipelines.quantize import prepare
+from saqcli.pipelines.quantize import load_teacher, prepare
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.serialization import replacing
 from saqcli.training.loop import score
 from saqcli.training.trainer import Trainer
 
-# What is compared: settings of the training section.
+# What is compared: settings of the training section. `NAME xN` trains for N times the epochs.
+DISTILL = {"distill": True, "distill_weight": 0.9, "distill_temperature": 4.0}
 METHODS: dict[str, dict[str, Any]] = {
     "qat": {"method": "qat"},
     "sam": {"method": "sam"},
     "case1": {"method": "case1"},
     "saq": {"method": "saq"},
     "asaq": {"method": "asaq"},
+    "saq weights": {"method": "saq", "perturb": "weights"},
+    "saq norms": {"method": "saq", "perturb": "norms"},
+    "saq from 0.8": {"method": "saq", "sharpness_from": 0.8},
+    "saq norms from 0.8": {"method": "saq", "perturb": "norms", "sharpness_from": 0.8},
+    "saq interval 2": {"method": "saq", "sam_interval": 2},
+    "saq norms interval 2": {"method": "saq", "perturb": "norms", "sam_interval": 2},
+    "msam": {"method": "msam"},
+    "msam norms": {"method": "msam", "perturb": "norms"},
+    "qat x2": {"method": "qat"},
+    "qat distilled": {"method": "qat", **DISTILL},
+    "qat distilled x2": {"method": "qat", **DISTILL},
+    "saq distilled": {"method": "saq", **DISTILL},
+    "saq norms distilled": {"method": "saq", "perturb": "norms", **DISTILL},
+    "saq norms from 0.8 distilled": {"method": "saq", "perturb": "norms", "sharpness_from": 0.8, **DISTILL},
+    "msam norms distilled": {"method": "msam", "perturb": "norms", **DISTILL},
     "saq interval 5": {"method": "saq", "sam_interval": 5},
     "saq interval 5, reuse 0.7": {"method": "saq", "sam_interval": 5, "sam_reuse": 0.7},
     "saq fraction 0.25": {"method": "saq", "ascent_fraction": 0.25},
@@ -78,6 +94,7 @@ def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict
         num_classes=prepared.network.loaded.num_classes,
         image_size=max(images.preprocessing.input_size[1:]),
         run=trained,
+        teacher=prepared.teacher if config.training.distill else None,
     ).fit()
     seconds = time.perf_counter() - start
     found = score(model, images.validation(), "", prepared.device, SILENT)
@@ -97,6 +114,8 @@ class Prepared:
             "training.epochs": wanted.epochs,
             "training.lr": wanted.lr,
             "training.rho": wanted.rho,
+            "training.compile": wanted.compile,
+            "training.precision": wanted.precision,
         }
         self.device = pick_device(wanted.device)
         base = resolve(options=self.options)
@@ -106,11 +125,19 @@ class Prepared:
         assert policy is not None
         install_quantizers(base, self.network, policy, statistics_, self._images, SILENT)
         self.initial = {name: value.clone() for name, value in self.network.model.state_dict().items()}
+        self.teacher = load_teacher(
+            base.model_copy(update={"training": base.training.model_copy(update={"distill": True})}),
+            self.device,
+            SILENT,
+        )
 
     def config(self, name: str, seed: int) -> RunConfig:
         """The settings of one run."""
         settings = json.loads(name) if name.startswith("{") else METHODS[name]
         changes = {f"training.{key}": value for key, value in settings.items()}
+        longer = re.search(r" x(\d+)$", name)
+        if longer:
+            changes["training.epochs"] = self.options["training.epochs"] * int(longer[1])
         return resolve(options=self.options | changes | {"run.seed": seed})
 
     def images(self, config: RunConfig) -> Images:
@@ -145,6 +172,10 @@ def measure(wanted: argparse.Namespace) -> None:
                     "name": name,
                     "seed": seed,
                     "threads": torch.get_num_threads(),
+                    "epochs": prepared.config(name, seed).training.epochs,
+                    "lr": wanted.lr,
+                    "compile": wanted.compile,
+                    "precision": wanted.precision,
                     **figures,
                 }
                 with replacing(state_path(wanted, bits, name, seed)) as path:
@@ -187,6 +218,8 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rho", type=float, help="of all methods; by default the paper's for the bits")
     made.add_argument("--methods", help="names or JSON objects of training settings, with semicolons")
     made.add_argument("--device", default="auto")
+    made.add_argument("--compile", default="kernels", help="as of saq quantize")
+    made.add_argument("--precision", default="float32", help="as of saq quantize")
     return made
 
 

@@ -42,10 +42,12 @@ def page() -> str:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("results/*.json"))]
     steps = [r for r in found if r["benchmark"] == "step_time"]
     peers = [r for r in found if r["benchmark"].startswith("peers/")]
-    others = [r for r in found if r not in steps and r not in peers]
+    targets = [r for r in found if r["benchmark"] == "targets"]
+    others = [r for r in found if r not in steps and r not in peers and r not in targets]
     sections = [HEAD, *map(steps_section, steps)]
     if peers:
         sections.append(peers_section(peers))
+    sections += map(targets_section, targets)
     sections += map(other_section, others)
     return "\n".join(sections)
 
@@ -99,6 +101,32 @@ def peers_section(results: Sequence[Result]) -> str:
     head = "peer, bits, step / float, QAT of saq / float, MB, MB of saq, date".split(", ")
     title = f"## Peers: {first['model']}, {first['side']} pixels, batch {first['batch_size']}, eager"
     return f"{title}\n\n{origin(first)}\n\n{table(head, rows)}\n"
+
+
+def targets_section(result: Result) -> str:
+    """The files of one network for ONNX Runtime."""
+    batches = list(map(str, result["batch_sizes"]))
+    head = ["file", "MB", "operators on integers, in float", "top-1", *(f"batch {each}" for each in batches)]
+    rows = [
+        [
+            name,
+            f"{file['size_bytes'] / 1e6:.2f}",
+            f"{file['kernels']['integer']}, {file['kernels']['floating']}",
+            number(file["top1"], ".2f"),
+            *(speed(file["times"][each]) for each in batches),
+        ]
+        for name, file in result["files"].items()
+    ]
+    rows += [[name, why, "", "", *("" for _ in batches)] for name, why in result["errors"].items()]
+    scored = f"top-1 of {result['images']} images" if result["images"] else "random weights"
+    title = f"## Files for ONNX Runtime {result['onnxruntime']}: {result['model']}, {scored}"
+    note = f"Times faster than float, fastest of {result['rounds']} rounds (median; milliseconds)."
+    return f"{title}\n\n{origin(result)}\n\n{note}\n\n{table(head, rows)}\n"
+
+
+def speed(times: dict[str, float]) -> str:
+    """``fastest (median; milliseconds)``."""
+    return f"{times['speedup_least']:.2f} ({times['speedup']:.2f}; {times['least_ms']:.2f})"
 
 
 def other_section(result: Result) -> str:

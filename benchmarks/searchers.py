@@ -2,6 +2,9 @@
 
     python benchmarks/searchers.py --model saq/resnet20 --weights FILE --data DIR --out results --seeds 3
 
+`--searchers untied` stands for the same widths in all layers, one for weights and one for inputs: every pair within the
+budget that no other exceeds is a row of its own. With `--epochs 0` policies are calibrated only.
+
 Every search and every fine-tuning is one line of ``results/results.jsonl``; existing lines are not run again, so the
 script can be interrupted and restarted. Equal policies are trained once. The cost of a search is given in epochs of
 plain QAT on all training images, timed by ``--time``; on a CPU both are processor time, which depends little on other
@@ -33,6 +36,7 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics
+from saqcli.searchers.swaps import untied_uniforms
 from saqcli.serialization import make_folder, write_text
 from saqcli.tasks.classification import Meter
 from saqcli.training.loop import NO_MEMORY, score, train_epoch
@@ -48,6 +52,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
     "sensitivity": ("sensitivity", {}),
     "hawq": ("hawq", {}),
+    "fisher": ("fisher", {}),
+    "swaps": ("swaps", {}),
     "samq": ("samq", {}),
     "samq without sharpness": ("samq", {"sharpness": False}),
     "asga": ("asga", {}),
@@ -112,6 +118,26 @@ class Bench:
             "cpu_seconds": time.process_time() - busy,
         }
 
+    def untied(self, budget: str) -> list[tuple[str, dict[str, Any]]]:
+        """The same widths everywhere, by name, in the form of ``search``."""
+        config = self.config(budget, "uniform", 0)
+        request = request_search(config, self.network, self.images(config), SILENT)
+        space, found = request.space, []
+        for choice in untied_uniforms(space, request.budget):
+            policy, cost = space.config(choice), space.cost(choice)
+            bits = list(policy.layers.values())
+            first = space.config(choice).layers[space.decisions[0].name]
+            about = {
+                "policy": policy.model_dump(),
+                "bits": " ".join(_pair(b.weight, b.activation) for b in bits),
+                "bops": cost.bops,
+                "budget_bops": request.budget.bops,
+                "seconds": 0.0,
+                "cpu_seconds": 0.0,
+            }
+            found.append((f"untied w{first.weight}a{first.activation}", about))
+        return found
+
     def quantized(self, config: RunConfig, policy: BitConfig) -> tuple[nn.Module, Images]:
         """A new model, calibrated at ``policy``, and its images."""
         loaded = replace(self.network.loaded, model=copy.deepcopy(self.network.model))
@@ -124,9 +150,12 @@ class Bench:
         model, images = self.quantized(config, policy)
         before = score(model, images.validation(), "", self.device, SILENT)
         start = time.perf_counter()
-        self.trainer(model, images, config).fit()
+        if config.training.epochs:
+            self.trainer(model, images, config).fit()
         seconds = time.perf_counter() - start
-        after = score(model, images.validation(), "", self.device, SILENT)
+        after = (
+            score(model, images.validation(), "", self.device, SILENT) if config.training.epochs else before
+        )
         return {
             "calibrated": before.top1,
             "top1": after.top1,
@@ -185,6 +214,13 @@ def measure(wanted: argparse.Namespace) -> None:
     chosen = wanted.searchers.split(";") if wanted.searchers else list(VARIANTS)
     for budget in wanted.budgets.split(","):
         for name in chosen:
+            if name == "untied":
+                for title, about in bench.untied(budget):
+                    key = {"kind": "search", "budget": budget, "name": title, "seed": 0}
+                    if not any(key.items() <= line.items() for line in read(results)):
+                        append(results, {**key, **about})
+                    _train(bench, results, budget, title, 0, about)
+                continue
             for seed in range(wanted.search_seeds):
                 found = _search(bench, results, budget, name, name + suffix, seed)
                 if found is not None and not wanted.search_only:

@@ -570,8 +570,10 @@ class TrainingSection(_Section):
     ``sharpness_batch`` images share one perturbation. ``rho`` None is the paper's radius for the mean bit-width.
     ``minimizer`` holds further keyword arguments of the method.
 
-    Cheaper ascents: only at every ``sam_interval``-th step, adding ``sam_reuse`` times the last ascent in between; on
-    the share ``ascent_fraction`` of the images; in bfloat16.
+    ``perturb`` says what ascends: all that the method perturbs, or a part of it.
+
+    Cheaper ascents: from the share ``sharpness_from`` of all steps on; only at every ``sam_interval``-th step, adding
+    ``sam_reuse`` times the last ascent in between; on the share ``ascent_fraction`` of the images; in bfloat16.
 
     ``micro_batch`` images are in one forward pass, None for all that share a perturbation. Up to ``skip_steps``
     successive steps are skipped if the loss is NaN or infinite, then training stops. ``clip_grad`` is the largest joint
@@ -592,7 +594,14 @@ class TrainingSection(_Section):
         Option(
             "Training method: {choices}",
             "NAME",
-            choices={"saq": "", "asaq": "adaptive radius", "sam": "", "case1": "", "qat": "no perturbation"},
+            choices={
+                "saq": "",
+                "asaq": "adaptive radius",
+                "sam": "",
+                "case1": "",
+                "msam": "along the momentum",
+                "qat": "no perturbation",
+            },
             family="minimizers",
         ),
     ] = "saq"
@@ -621,6 +630,14 @@ class TrainingSection(_Section):
         Literal["deviation", "absolute"],
         Option("Unit of `training.rho`: standard deviations of each layer's weights, or none"),
     ] = "deviation"
+    perturb: Annotated[
+        Literal["all", "weights", "norms"], Option("What ascends, of all that the method perturbs")
+    ] = "all"
+    sharpness_from: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Option("Plain steps up to this share of the training, 0 to below 1", "SHARE", panel=EFFICIENCY),
+    ] = 0.0
     sharpness_batch: Annotated[Positive, Option("Images that share one perturbation", "N")] = 128
     sam_interval: Annotated[
         Positive, Option("Perturb at every N-th step, with plain steps in between", "N", panel=EFFICIENCY)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from saqcli.data.transforms import image_transform
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "targets.md"
 PROGRAMS: dict[str, str] = dict(
-    re.findall(r"^```python (\S+\.py)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    re.findall(r"^```\w+ (run_\S+)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 )
 
 
@@ -35,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = np.random.default_rng(0)
     small = numbers.integers(0, 256, (9, 12, 3), dtype=np.uint8)  # smooth once enlarged
     Image.fromarray(small).resize((120, 90), Image.Resampling.BICUBIC).save(made / "image.png")
-    np.save(made / "images.npy", numbers.standard_normal((4, 3, 64, 64), dtype=np.float32))
+    images = numbers.standard_normal((4, 3, 64, 64), dtype=np.float32)
+    np.save(made / "images.npy", images)
+    images.tofile(made / "images.bin")
     return made
 
 
@@ -71,3 +74,37 @@ def test_openvino_program_equals_saq(folder: Path, model: Any) -> None:
     with torch.inference_mode():
         expected = model(torch.from_numpy(np.load(folder / "images.npy"))).argmax(1).tolist()
     assert run(folder, "run_openvino.py", "model.onnx", "images.npy").strip() == str(expected)
+
+
+def test_cpp_program_equals_saq(folder: Path, model: Any) -> None:
+    """Built with the headers in ``ONNXRUNTIME_INCLUDE``, which the Python package lacks, and its library."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    headers, compiler = os.environ.get("ONNXRUNTIME_INCLUDE"), shutil.which("g++")
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
+    if not (headers and compiler and library):
+        pytest.skip("needs g++, libonnxruntime.so and the runtime's C++ headers in ONNXRUNTIME_INCLUDE")
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Werror",
+        "-I",
+        headers,
+        "run_onnxruntime.cpp",
+        str(library),
+    ]
+    command += [f"-Wl,-rpath,{folder}", "-o", "run_onnxruntime"]
+    (folder / "libonnxruntime.so.1").symlink_to(library)  # the name that programs look for
+    subprocess.run(command, cwd=folder, check=True, timeout=200)
+    done = subprocess.run(
+        ["./run_onnxruntime", "model.onnx", "images.bin"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(np.load(folder / "images.npy"))).argmax(1).tolist()
+    assert [int(line) for line in done.stdout.split()] == expected

@@ -44,7 +44,7 @@ def finetune(
             afterwards if there is ``validation``.
         data: labelled batches, which can be read once an epoch; ``set_epoch`` of it is called if there is one.
         epochs: passes over ``data``.
-        method: minimizer: ``saq``, ``asaq``, ``sam``, ``case1``, ``qat``, or another of the table.
+        method: minimizer: ``saq``, ``asaq``, ``sam``, ``case1``, ``msam``, ``qat``, or another of the table.
         lr: learning rate at the start.
         rho: radius of the perturbation; None for the paper's at these bits.
         loss: from class scores (N, classes) and labels to a mean, one number with a gradient; cross-entropy by default,

@@ -127,6 +127,7 @@ class FoundBits:
             "seconds": round(self.seconds, 1),
             "scoring_top1": score.top1 if score else None,
             "scoring_loss": score.loss if score else None,
+            "scoring_divergence": score.divergence if score else None,
             "scored": len(self.result.scored),
             **({} if self.accuracy is None else {"accuracy": self.accuracy.to_dict()}),
         }

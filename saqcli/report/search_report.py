@@ -163,6 +163,7 @@ def write_search(
             "size_bytes": s.cost.size,
             "top1": s.top1,
             "loss": s.loss,
+            "divergence": s.divergence,
         }
         for s in found.scored
     ]

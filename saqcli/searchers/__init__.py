@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 from saqcli.plugins import Plugins
 from saqcli.searchers.asga import ASGA
 from saqcli.searchers.baselines import ErrorKnapsack, RandomSearch, Uniform
+from saqcli.searchers.fisher import Fisher
 from saqcli.searchers.hawq import HAWQ
 from saqcli.searchers.knapsack import Sampler, best_choice
 from saqcli.searchers.problem import (
@@ -51,7 +52,8 @@ from saqcli.searchers.problem import (
 from saqcli.searchers.samq import SAMQ
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Key, add_losses, measure_noise, relative_noise, sums_over_batches
-from saqcli.searchers.supernet import Scorer, Supernet, rank, score_all
+from saqcli.searchers.supernet import Scorer, Supernet, closeness, rank, score_all
+from saqcli.searchers.swaps import Swaps
 
 
 class SearcherEntry(NamedTuple):
@@ -106,6 +108,13 @@ _OURS = {
         fills_budget=True,
         keeps_scores=True,
     ),
+    "fisher": SearcherEntry(
+        Fisher,
+        "divergence from the float network by one backward pass an image, exact knapsack",
+        fills_budget=True,
+        keeps_scores=True,
+    ),
+    "swaps": SearcherEntry(Swaps, "the best of simple configurations, improved by measured swaps of bits"),
     "random": SearcherEntry(RandomSearch, "best of several random configurations", fills_budget=True),
     "error": SearcherEntry(
         ErrorKnapsack,
@@ -168,6 +177,7 @@ __all__ = [
     "Supernet",
     "add_losses",
     "best_choice",
+    "closeness",
     "measure_noise",
     "rank",
     "relative_noise",

@@ -59,7 +59,7 @@ class ErrorKnapsack:
 
 
 class RandomSearch:
-    """Draws configurations that use the budget; takes the one with the highest calibrated accuracy.
+    """Draws configurations that use the budget; takes the one that diverges least from the float network.
 
     Args:
         draws: number of configurations.

@@ -1,5 +1,6 @@
 """The interface of searchers: problem, result, images, and resuming."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -72,12 +73,15 @@ class Scored(NamedTuple):
         cost: of the configuration.
         top1: percent, on the scoring images, at the starting point of fine-tuning.
         loss: mean cross-entropy on the same images.
+        divergence: mean Kullback-Leibler divergence of its class probabilities from those of the float network, in
+            nats, on the same images; labels do not enter. NaN where unknown.
     """
 
     choice: tuple[int, ...]
     cost: Cost
     top1: float
     loss: float
+    divergence: float = math.nan
 
 
 Propose = Callable[[Budget], list[list[int]]]

@@ -31,7 +31,7 @@ Differs from the paper; the option in brackets restores the paper's behavior:
 - Every reward is used ``replay`` times, clipped as in PPO (arXiv:1707.06347), since a search is short (``replay=1``).
 - Draws are compared at the starting point of fine-tuning: float weights, calibrated at the draw's bits, with
   corrections (``score_in="supernet"`` compares them in the trained supernet). The configuration of least quantization
-  noise is compared with them. Among those within a standard error of the highest accuracy, the least loss wins.
+  noise is compared with them. The least divergence from the float network wins.
 - The released code perturbs the first layer and the classifier only, and keeps the reward attached to its graph.
 """
 
@@ -58,7 +58,7 @@ from saqcli.searchers.knapsack import (
 )
 from saqcli.searchers.problem import SearchProblem, SearchResult, remaining_batches
 from saqcli.searchers.separable import relative_noise
-from saqcli.searchers.supernet import Scorer, Supernet, most_accurate, score_all
+from saqcli.searchers.supernet import Scorer, Supernet, closeness, score_all
 from saqcli.tasks import classification
 from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Chunk
@@ -185,7 +185,8 @@ class Settings:
         replay: see ``Reinforce``.
         reward_images: images of a held-out batch per draw.
         draws: configurations to compare at the end.
-        select_by: ``accuracy`` on the scoring images, or least ``sharpness`` as in the released code.
+        select_by: least ``divergence`` from the float network on the scoring images, or least ``sharpness`` as in the
+            released code.
         score_in: where draws are compared: in the ``calibrated`` network, which fine-tuning starts from, or in the
             trained ``supernet``; reported scores are calibrated in either case.
 
@@ -210,7 +211,7 @@ class Settings:
     replay: int = 16
     reward_images: int = 32
     draws: int = 20
-    select_by: Literal["accuracy", "sharpness"] = "accuracy"
+    select_by: Literal["divergence", "sharpness"] = "divergence"
     score_in: Literal["calibrated", "supernet"] = "calibrated"
 
     def __post_init__(self) -> None:
@@ -228,7 +229,7 @@ class Settings:
         check_choice("prior", self.prior, ("error", "budget", "none"))
         check_choice("within", self.within, ("window", "anything"))
         check_choice("score_in", self.score_in, ("calibrated", "supernet"))
-        check_choice("select_by", self.select_by, ("accuracy", "sharpness"))
+        check_choice("select_by", self.select_by, ("divergence", "sharpness"))
         if self.select_by == "sharpness" and not (self.sharpness and self.rho):
             raise ConfigError(
                 "select_by sharpness needs a perturbation: give rho above 0, and sharpness true"
@@ -370,12 +371,12 @@ class AlternatingSearch:
         score_all(self.problem, scorer, choices, state)
         if self.settings.score_in == "supernet":
             scorer, state = (
-                Scorer(self.problem, self.supernet.at),
+                Scorer(self.problem, self.supernet.at, self.scorer.targets),
                 state | {"calibrated": scorer.state_dict()},
             )
             score_all(self.problem, scorer, choices, state, "supernet")
         found = [scorer.scored[tuple(choice)] for choice in choices]
-        best = most_accurate(found, self.problem.images.scoring)
+        best = min(found, key=closeness)
         if self.settings.select_by == "sharpness":
             best = min(found, key=lambda scored: self.cost.sharpness(scored.choice))
 

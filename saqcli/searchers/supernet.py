@@ -11,6 +11,7 @@ scores exactly that network.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from saqcli import distributed
-from saqcli.progress import SILENT
 from saqcli.quant import calibration, convert
-from saqcli.quant.layer import QuantizedLayer, quantized_layers
-from saqcli.searchers.problem import Batch, Scored, SearchProblem
-from saqcli.training.loop import evaluate
+from saqcli.quant.kernels.use import fused_on_cpu
+from saqcli.quant.layer import QuantizedLayer, quantized_layers, quantized_once
+from saqcli.searchers.problem import Scored, SearchProblem
+from saqcli.tasks.classification import Meter
 from saqcli.training.minimizers.base import running_statistics
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
@@ -163,21 +164,35 @@ class CalibratedNetwork:
         return model
 
 
+@torch.no_grad()
+def float_targets(problem: SearchProblem) -> list[Tensor]:
+    """Log-probabilities (N, classes) of the problem's float model for every scoring batch of this rank."""
+    model = problem.model.eval()
+    batches = distributed.share(problem.images.scoring)
+    return [model(images.to(problem.device)).float().log_softmax(1).cpu() for images, _ in batches]
+
+
 class Scorer:
-    """Accuracy of configurations on the scoring images; each is evaluated once.
+    """Accuracy of configurations, and divergence from the float network, on the scoring images; each evaluated once.
 
     Args:
-        problem: of the search.
+        problem: of the search; its model is in floating point.
         at: returns the network of a configuration; ``CalibratedNetwork`` by default.
+        targets: as of ``float_targets``; None for those of the problem's model.
 
     Attributes:
         scored: all scores so far, by choice.
+        targets: what divergences are measured from.
     """
 
     def __init__(
-        self, problem: SearchProblem, at: Callable[[Sequence[int]], nn.Module] | None = None
+        self,
+        problem: SearchProblem,
+        at: Callable[[Sequence[int]], nn.Module] | None = None,
+        targets: Sequence[Tensor] | None = None,
     ) -> None:
         self.problem = problem
+        self.targets = float_targets(problem) if targets is None else targets
         self._at = CalibratedNetwork(problem).at if at is None else at
         self.scored: dict[tuple[int, ...], Scored] = {}
 
@@ -185,21 +200,41 @@ class Scorer:
         """Score ``choice``."""
         key = tuple(choice)
         if key not in self.scored:
-            model, problem = self._at(choice).eval(), self.problem
-            with SILENT.task("", 0) as task:
-                score = evaluate(model, problem.images.scoring, task, device=problem.device, shared=True)
-            self.scored[key] = Scored(key, problem.space.cost(choice), score.top1, score.loss)
+            self.scored[key] = self._measure(key, self._at(choice).eval())
         return self.scored[key]
+
+    @torch.no_grad()
+    def _measure(self, choice: tuple[int, ...], model: nn.Module) -> Scored:
+        """All ranks call this, each looks at its part of the batches, and all get the same score."""
+        problem, rows = self.problem, []
+        with fused_on_cpu(model), quantized_once(model):
+            batches = distributed.share(problem.images.scoring)
+            for (images, labels), target in zip(batches, self.targets, strict=True):
+                logits, meter = model(images.to(problem.device)).float().cpu(), Meter()
+                meter.update(logits, labels)
+                known = labels >= 0
+                apart = (target.exp() * (target - logits.log_softmax(1))).sum(1)[known]
+                rows.append((vars(meter), float(apart.double().sum())))
+        meter, total = Meter(), 0.0
+        for counts, divergence in distributed.interleaved(distributed.gathered(rows)):
+            meter.add(Meter(**counts))
+            total += divergence
+        score = meter.score()
+        return Scored(
+            choice, problem.space.cost(choice), score.top1, score.loss, total / max(score.images, 1)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All scores so far, as plain values."""
-        return {"configurations": [[list(s.choice), s.top1, s.loss] for s in self.scored.values()]}
+        return {
+            "configurations": [[list(s.choice), s.top1, s.loss, s.divergence] for s in self.scored.values()]
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        for choice, top1, loss in state["configurations"]:
+        for choice, *figures in state["configurations"]:
             cost = self.problem.space.cost(choice)
-            self.scored[tuple(choice)] = Scored(tuple(choice), cost, top1, loss)
+            self.scored[tuple(choice)] = Scored(tuple(choice), cost, *figures)
 
 
 def score_all(
@@ -225,10 +260,10 @@ def score_all(
         for choice in choices:
             new = tuple(choice) not in scorer.scored
             found.append(scorer(choice))
-            best = max(found, key=rank)
+            best = min(found, key=closeness)
             task.advance(images=images if new else 0, best=best.top1, MBOPs=best.cost.bops / 1e6)
             problem.memory.offer(lambda: {**(extra_state or {}), key: scorer.state_dict()})
-    return max(found, key=rank)
+    return min(found, key=closeness)
 
 
 def rank(scored: Scored) -> tuple[float, float]:
@@ -236,10 +271,10 @@ def rank(scored: Scored) -> tuple[float, float]:
     return scored.top1, -scored.loss
 
 
-def most_accurate(scored: Sequence[Scored], scoring: Sequence[Batch]) -> Scored:
-    """The least loss among those whose accuracy on ``scoring`` is within a standard error of the highest."""
-    images = sum(len(labels) for _, labels in scoring)
-    highest = max(found.top1 for found in scored) / 100
-    error = (highest * (1 - highest) / max(images, 1)) ** 0.5
-    tied = [found for found in scored if found.top1 / 100 >= highest - error]
-    return min(tied, key=lambda found: (found.loss, -found.top1))
+def closeness(scored: Scored) -> tuple[float, float]:
+    """Lower is better: divergence from the float network, then loss; NaN is worst.
+
+    On a few hundred images the divergence tells configurations apart that accuracy cannot: every image counts, not only
+    those whose best class changes.
+    """
+    return (math.inf if math.isnan(scored.divergence) else scored.divergence), scored.loss

@@ -107,15 +107,24 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
 
 
 def make_minimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSection, side: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSection, side: int, steps: int = 0
 ) -> Minimizer:
-    """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels."""
+    """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels.
+
+    ``steps`` is their number in the whole training, of which ``training.sharpness_from`` is a share.
+    """
     make = MINIMIZERS.find(training.method)
     taken, needed = accepted(make)
     rho = default_rho(model, side) if training.rho is None else training.rho
     settings = {
         "rho": (rho, training.rho is not None, "training.rho"),
         "rho_unit": (training.rho_unit, training.rho_unit != "deviation", "training.rho_unit"),
+        "perturb": (_perturbed(make, training), training.perturb != "all", "training.perturb"),
+        "start": (
+            round(training.sharpness_from * steps),
+            training.sharpness_from != 0,
+            "training.sharpness_from",
+        ),
         "interval": (training.sam_interval, training.sam_interval != 1, "training.sam_interval"),
         "reuse": (training.sam_reuse, training.sam_reuse != 0, "training.sam_reuse"),
     }
@@ -136,6 +145,15 @@ def make_minimizer(
     if missing:
         raise ConfigError(f"method {training.method} needs {', '.join(missing)}: give a value")
     return make(model, optimizer, **options)
+
+
+def _perturbed(make: Any, training: TrainingSection) -> tuple[str, ...] | None:
+    """The kinds that ``training.perturb`` means; None for those of the method."""
+    if training.perturb == "weights":
+        return tuple(
+            kind for kind in getattr(make, "perturbed_kinds", ("weights",)) if kind.endswith("weights")
+        )
+    return None if training.perturb == "all" else (training.perturb,)
 
 
 def make_objective(

@@ -159,7 +159,8 @@ class Trainer:
         device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, training)
         self.schedule = make_schedule(self.optimizer, training, len(batches))
-        self.minimizer = make_minimizer(model, self.optimizer, training, image_size)
+        steps = len(batches) * training.epochs
+        self.minimizer = make_minimizer(model, self.optimizer, training, image_size, steps)
         self.average = Average(model, training.ema_decay) if training.ema_decay else None
         self.recovery = Recovery(training.micro_batch, patience=training.skip_steps)
         objective = make_objective(training, device, num_classes, teacher)

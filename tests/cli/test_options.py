@@ -56,7 +56,8 @@ ACCEPTED = {
     "--compile --cutmix "
     "--distill --efficient --ema --epochs --export --label-smoothing --lr --memory-format --method --micro-batch "
     "--mixup --no-balance-norms --no-export "
-    "--optimizer --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch --style "
+    "--optimizer --perturb --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch "
+    "--sharpness-from --style "
     "--verify-images --calibration --compensate --no-compensate --reconstruct --no-reconstruct --iterations",
     "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --from --cache --calibration --epochs --lr --pareto --proxy --rho "
     "--scoring-images --search-classes --search-images",

@@ -491,7 +491,14 @@ def test_scores_equal_calibrated_networks(name: str, biases: bool, norms: bool) 
         correct(alone, images, biases=biases, norms=norms)
         with SILENT.task("", 0) as task:
             expected = evaluate(alone.eval(), problem.images.scoring, task, device=problem.device)
-        assert scorer(choice)[2:] == (expected.top1, expected.loss)
+        assert scorer(choice)[2:4] == (expected.top1, expected.loss)
+        with torch.no_grad():
+            there = torch.cat([alone(batch) for batch in images]).double().log_softmax(1)
+            origin = (
+                torch.cat([fresh(problem).model.eval()(batch) for batch in images]).double().log_softmax(1)
+            )
+        apart = float((origin.exp() * (origin - there)).sum(1).mean())
+        assert scorer(choice).divergence == pytest.approx(apart, rel=1e-4, abs=1e-6)
 
 
 def test_reported_scores_are_always_calibrated() -> None:

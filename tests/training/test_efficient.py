@@ -1,6 +1,7 @@
 """Cheaper ascents, accumulation and data-parallel steps, each compared with its reference."""
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,11 +65,22 @@ def test_interval_alternates_with_plain_steps(method: str, interval: int) -> Non
 
 
 @pytest.mark.parametrize(
+    "method", [name for name in MINIMIZERS if taken(name, rho=0.0, start=1).keys() >= {"rho", "start"}]
+)
+def test_steps_before_start_are_plain(method: str) -> None:
+    assert_bitwise_equal(train("qat"), train(method, start=7))
+    assert_bitwise_equal(train(method), train(method, start=0))
+    ends = [[value for _, value in train(method, start=start)] for start in (0, 3, 7)]
+    assert not any(all(map(torch.equal, one, other)) for one, other in pairwise(ends))
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"interval": 0},
         {"interval": 2.5},
         {"reuse": -1},
+        {"start": -1},
         {"rho": "abc"},
         {"rho": -0.1},
         {"rho": float("nan")},

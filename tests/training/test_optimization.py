@@ -7,9 +7,19 @@ import torch
 from torch import nn
 
 from saqcli.config import TrainingSection
+from saqcli.errors import ConfigError
 from saqcli.quant.convert import wrap
+from saqcli.training.minimizers import MINIMIZERS, Minimizer
 from saqcli.training.minimizers.sharpness_aware import SharpnessAware
 from saqcli.training.optimizer import make_minimizer, make_optimizer
+from saqcli.training.trainer import Trainer
+from tests.support.networks import NETWORKS, quantize
+
+
+class Plain(Minimizer):
+    """Takes no settings."""
+
+    description = "plain"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion", "lookahead_sgd", "lookahead_adamw"])
@@ -32,3 +42,58 @@ def test_radius_is_the_configured_one(options: dict[str, float]) -> None:
 
     assert isinstance(minimizer, SharpnessAware)
     assert minimizer.rho == 0.6
+
+
+@pytest.mark.parametrize(
+    ("method", "perturb", "moved"),
+    [
+        ("saq", "all", {"weight", "bias", "norm", "level"}),
+        ("saq", "weights", {"weight"}),
+        ("saq", "norms", {"norm"}),
+        ("sam", "weights", {"latent"}),
+        ("msam", "norms", {"norm"}),
+    ],
+)
+def test_perturbed_set_is_the_configured_one(method: str, perturb: str, moved: set[str]) -> None:
+    training = TrainingSection(method=method, perturb=perturb)  # type: ignore[arg-type]
+    model = quantize(NETWORKS["conv_bn"]).model
+    found = make_minimizer(model, make_optimizer(model, training), training, side=32)
+
+    assert isinstance(found, SharpnessAware)
+    names = {id(p): name for name, p in model.named_parameters()}
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    kinds = {"weight"} if found.set.layers else set()
+    for p in found.set.parameters:
+        last = names[id(p)].rpartition(".")[2]
+        kinds.add(
+            "norm" if id(p) in norms else {"bias": "bias", "clipping_level": "level"}.get(last, "latent")
+        )
+    assert kinds == moved
+
+
+def test_sharpness_starts_at_its_share_of_the_steps() -> None:
+    training = TrainingSection(epochs=5, sharpness_from=0.8)
+    model = nn.Sequential(nn.Linear(1, 1))
+    wrap(model)
+    trainer = Trainer(
+        model, [(torch.randn(2, 1), torch.zeros(2).long())] * 4, training, num_classes=1, image_size=2
+    )
+
+    assert isinstance(trainer.minimizer, SharpnessAware)
+    assert trainer.minimizer.start == 16
+
+
+@pytest.mark.parametrize("settings", [{"perturb": "norms"}, {"sharpness_from": 0.5}])
+def test_settings_of_ascents_are_not_ignored(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
+    """QAT takes them without effect, as the baseline; a method that does not know them refuses."""
+    model = nn.Linear(1, 1)
+    make_minimizer(
+        model, make_optimizer(model, TrainingSection()), TrainingSection(method="qat", **settings), side=32
+    )  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MINIMIZERS, "find", lambda name: Plain)
+    training = TrainingSection(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        make_minimizer(model, make_optimizer(model, training), training, side=32)

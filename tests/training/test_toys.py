@@ -1,20 +1,18 @@
 """On a problem with a known optimum, every loss-based searcher finds it."""
 
+import math
 from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
-import torch
 
 from saqcli.quant.cost import Cost
 from saqcli.searchers import SEARCHERS
 from saqcli.searchers.problem import Scored, SearchProblem, SearchResult
-from saqcli.searchers.supernet import most_accurate
+from saqcli.searchers.supernet import closeness
 from tests.support.sweeps import sweep
 from tests.support.toys import RIGHT, branches
-
-TRIO = ((90.0, 0.5), (88.0, 0.4), (86.0, 0.1))  # accuracy and loss
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "samq": {"epochs": 4, "draws": 8},
@@ -22,6 +20,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"draws": 8},
     "hawq": {},
     "sensitivity": {},
+    "fisher": {},
+    "swaps": {},
 }
 
 
@@ -40,27 +40,21 @@ def test_best_configuration_is_found(method: str, seed: int) -> None:
     assert found(method, seed)[1].choice == RIGHT
 
 
-def test_most_accurate_candidate_is_chosen() -> None:
+def test_candidate_nearest_to_float_is_chosen() -> None:
     _, drawn = found("random", 0)
-    top1 = {scored.choice: scored.top1 for scored in drawn.scored}
-    assert top1[tuple(drawn.choice)] == max(top1.values())
+    apart = {scored.choice: scored.divergence for scored in drawn.scored}
+    assert apart[tuple(drawn.choice)] == min(apart.values())
 
 
-def test_samq_breaks_accuracy_ties_by_loss() -> None:
-    problem, sampled = found("samq", 0)
+def test_samq_takes_its_nearest_draw() -> None:
+    _, sampled = found("samq", 0)
     scored = {one.choice: one for one in sampled.scored}
-    chosen, best = scored[tuple(sampled.choice)], max(one.top1 for one in sampled.scored)
-    images = sum(len(labels) for _, labels in problem.images.scoring)
-    error = 100 * ((best / 100) * (1 - best / 100) / images) ** 0.5
-    tied = [one for one in sampled.scored if one.top1 >= best - error]
-    assert chosen in tied
-    assert chosen.loss == min(one.loss for one in tied)
+    assert scored[tuple(sampled.choice)].divergence == min(one.divergence for one in sampled.scored)
 
 
-def test_loss_decides_within_standard_error() -> None:
-    images = [(torch.zeros(100, 1), torch.zeros(100, dtype=torch.long))]  # at 90 % an error of 3 points
-    one, two, three = (Scored((i,), Cost(1, 1), top1, loss) for i, (top1, loss) in enumerate(TRIO))
-    assert most_accurate([one, two, three], images) is two
+def test_unknown_divergence_is_worst() -> None:
+    known, unknown = (Scored((0,), Cost(1, 1), 90.0, 0.1, value) for value in (5.0, math.nan))
+    assert min([unknown, known], key=closeness) is known
 
 
 def test_baselines_ignore_branch_importance() -> None:

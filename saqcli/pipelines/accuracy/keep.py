@@ -120,7 +120,7 @@ def scorer_of(config: RunConfig, found: FoundBits, images: Images) -> Scorer:
             copied = replace(network, model=copy.deepcopy(network.model))
             return quantized(config, copied, problem.config(choice), problem.statistics, images, SILENT)
 
-        return Scorer(problem, at)
+        return Scorer(replace(problem, model=network.model), at)
     scorer = Scorer(replace(problem, model=network.model))
     scorer.scored.update({one.choice: one for one in found.result.scored})
     return scorer

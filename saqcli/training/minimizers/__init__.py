@@ -19,6 +19,7 @@ from saqcli.training.minimizers.base import (
     inner,
     orthogonal_part,
 )
+from saqcli.training.minimizers.momentum import MSAM
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.minimizers.sharpness_aware import ASAQ, SAM, SAQ, Case1, SharpnessAware
 
@@ -40,12 +41,14 @@ _OURS: dict[str, type[Minimizer]] = {
     "case1": Case1,
     "saq": SAQ,
     "asaq": ASAQ,
+    "msam": MSAM,
 }
 MINIMIZERS: Plugins[type[Minimizer]] = Plugins("minimizers", "method", _OURS, _problem)
 
 __all__ = [
     "ASAQ",
     "MINIMIZERS",
+    "MSAM",
     "QAT",
     "SAM",
     "SAQ",

@@ -204,13 +204,14 @@ class Ascent(NamedTuple):
     """Pass 1 over a chunk.
 
     Attributes:
-        loss: mean over the chunk's images, at the unperturbed weights.
+        loss: mean over the chunk's images, at the unperturbed weights; None where there was no pass, so that the loss
+            at the perturbed point is reported.
         point: context in which the model computes at the perturbed point, as it was before afterwards.
         norms: numbers that must be finite, such as the norm of the gradient.
         plain: gradients at the unperturbed weights, one per trained parameter; empty where ``descend`` needs none.
     """
 
-    loss: Tensor
+    loss: Tensor | None
     point: AbstractContextManager[None]
     norms: Sequence[Tensor] = ()
     plain: Sequence[Tensor | None] = ()
@@ -240,8 +241,8 @@ class Minimizer:
 
     To write one, override ``ascend``, ``descend`` or both, and set ``description`` and ``reference``. Further settings
     are keyword arguments of the constructor, which checks them; the table ``training.minimizer`` passes them. Arguments
-    named ``rho``, ``rho_unit``, ``interval`` and ``reuse`` receive the settings ``training.rho``, ``rho_unit``,
-    ``sam_interval`` and ``sam_reuse``.
+    named ``rho``, ``rho_unit``, ``perturb``, ``interval``, ``reuse`` and ``start`` receive the settings
+    ``training.rho``, ``rho_unit``, ``perturb``, ``sam_interval``, ``sam_reuse`` and ``sharpness_from`` (in steps).
 
     A minimizer with a radius must equal plain training bit for bit at ``rho=0``. It must not touch the random numbers,
     the running statistics (beyond one update per step) or ``requires_grad``, and its state must be tensors and plain
@@ -368,7 +369,7 @@ class Minimizer:
                     perturbed_loss = accumulate(chunk, owners, self.scale)
                 ascended = True
                 share = sum(micro_batch.share for micro_batch in chunk)
-                losses.append(ascent.loss * share)
+                losses.append(perturbed_loss if ascent.loss is None else ascent.loss * share)
                 norms += [*ascent.norms, perturbed_loss]
                 plain = add_up(plain, list(ascent.plain), share)
         known = [

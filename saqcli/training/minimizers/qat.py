@@ -19,5 +19,5 @@ class QAT(Minimizer):
     """
 
     description = "no perturbation"
-    ignored = ("rho", "rho_unit", "interval", "reuse")
+    ignored = ("rho", "rho_unit", "perturb", "interval", "reuse", "start")
     reference = staticmethod(reference.plain)

@@ -73,6 +73,20 @@ def sam(problem: Problem, state: dict[str, Any], **options: Any) -> tuple[Tensor
     return loss, problem.gradients(shifts)[1]
 
 
+def msam(
+    problem: Problem, state: dict[str, Any], *, beta: float = 0.9, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L(Q(w) + e), e along the decaying sum of the gradients that the base optimizer got so far."""
+    sums: dict[str, Tensor] = state.get("sums", {})
+    along = {
+        name: sums[name] for name in sums if problem.kinds[name] in ("biases", "norms", "activation_clips")
+    }
+    along |= {f"Q({name})": sums[name] for name in problem.quantized if name in sums}
+    loss, gradients = problem.gradients(_steepest(problem, along, **options) if along else None)
+    state["sums"] = {name: beta * sums.get(name, 0) + gradient for name, gradient in gradients.items()}
+    return loss, gradients
+
+
 def ascended(
     problem: Problem,
     *,
@@ -109,9 +123,20 @@ def ascended(
         weights = [problem.parameters[name] for name in problem.quantized]
         for name, gradient in zip(problem.quantized, torch.autograd.grad(loss, weights), strict=True):
             gradients[f"Q({name})"] = gradient
+    return loss.detach(), _steepest(problem, gradients, rho, rho_unit, eta)
+
+
+def _steepest(
+    problem: Problem,
+    gradients: Mapping[str, Tensor],
+    rho: float,
+    rho_unit: str = "deviation",
+    eta: float | None = None,
+) -> dict[str, Tensor]:
+    """e = rho T**2 g / ||T g||."""
     scale = {name: _scale(problem, name, rho_unit, eta) for name in gradients}
     norm = sum((scale[name] * gradients[name]).square().sum() for name in gradients) ** 0.5
-    return loss.detach(), {name: rho * scale[name] ** 2 * gradients[name] / norm for name in gradients}
+    return {name: rho * scale[name] ** 2 * gradients[name] / norm for name in gradients}
 
 
 def _scale(problem: Problem, name: str, rho_unit: str, eta: float | None) -> Any:

@@ -9,7 +9,8 @@ Each step has two passes:
 
 Every chunk of a batch and every process ascends on its own data, as sharpness-aware minimization prescribes (Foret et
 al., arXiv:2010.01412, section 4.1: m-sharpness). With an ``interval`` of k the ascent takes place at every k-th step,
-the first one included; the steps in between are plain, or reuse the last ascent (``LookAhead``).
+the first one included; the steps in between are plain, or reuse the last ascent (``LookAhead``). The first ``start``
+steps are plain: sharpness matters late in training (Zhou et al., arXiv:2410.10373).
 
     SAQ (Case 3)    L(Q(w) + e),   e = rho * normalize(dL/dQ at Q(w))
     SAM (Case 2)    L(Q(w + e)),   e = rho * normalize(dL/dw at Q(w))
@@ -139,6 +140,7 @@ class SharpnessAware(Minimizer):
         bn_second_pass: ``update`` lets pass 2 update the running statistics of batch norms.
         interval: ascend at every ``interval``-th step.
         reuse: share of the last ascent added in the steps between, see ``LookAhead``; 0 for none.
+        start: number of plain steps before the first ascent.
 
     Raises:
         ConfigError: a value is not among the choices, ``perturb`` is empty, an absolute radius is not given, an
@@ -160,12 +162,14 @@ class SharpnessAware(Minimizer):
         bn_second_pass: Literal["freeze", "update"] = "freeze",
         interval: int = 1,
         reuse: float = 0.0,
+        start: int = 0,
     ) -> None:
         super().__init__(model, base)
         if rho is not None:
             rho = plain_number("rho", rho, least=0)
         reuse = plain_number("reuse", reuse, least=0)
         check_count("interval", interval)
+        check_count("start", start, least=0)
         check_choice("rho_unit", rho_unit, get_args(RadiusUnit))
         if rho is None and rho_unit == "absolute":
             raise ConfigError(
@@ -188,7 +192,7 @@ class SharpnessAware(Minimizer):
                 "SAM, which perturbs float weights"
             )
         self.set = PerturbedSet(model, kinds, frozen=False)
-        self.interval = interval
+        self.interval, self.start = interval, start
         self.done = 0  # steps so far
         self.look_ahead = LookAhead(self.trained, reuse) if reuse and interval > 1 else None
         self._trainable = self._now_trainable()
@@ -212,9 +216,15 @@ class SharpnessAware(Minimizer):
         kept = self.trained if self.look_ahead else []
         return [*(p for p in self.model.parameters() if p.requires_grad), *kept]
 
+    @property
+    def ascends(self) -> bool:
+        """Whether the next step has an ascent."""
+        later = self.done - self.start
+        return later >= 0 and later % self.interval == 0
+
     def ascend(self, chunk: Chunk) -> Ascent | None:
-        """The chunk is perturbed by its own gradient; None between two ascents."""
-        if self.done % self.interval:
+        """The chunk is perturbed by its own gradient; None between two ascents, and before the first."""
+        if not self.ascends:
             return None
         also = self.trained if self.look_ahead or self.wants_plain else []
         loss, gradients = gradients_of(

@@ -1,0 +1,165 @@
+"""Swaps: bits move between layers, from the best simple configuration on, as long as the network comes nearer to float.
+
+Losses of single operands do not add up at few bits: the sum that a knapsack minimizes can prefer a configuration that
+is worse than the same bits everywhere. Here sums only propose, and the network itself decides:
+
+    starts    the same bits everywhere, with weights and inputs at widths of their own, each as it is and with what is
+              left of the budget spent; the optima of two knapsacks (``fisher``, ``error``)
+    swaps     one layer's weights or inputs get a bit more and another's a bit less, or what the budget still allows;
+              tried in the order of the predicted gain, kept if the divergence from the float network falls
+
+Every configuration is measured at the starting point of fine-tuning, with its corrections (``Scorer``). The result is
+the nearest of all that were measured: never worse, on the scoring images, than the best uniform configuration.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from saqcli.quant.bits import LayerBits
+from saqcli.quant.cost import Budget
+from saqcli.quant.search_space import SearchSpace
+from saqcli.searchers.fisher import Fisher
+from saqcli.searchers.knapsack import best_choice
+from saqcli.searchers.problem import Scored, SearchProblem, SearchResult
+from saqcli.searchers.separable import Losses, relative_noise
+from saqcli.searchers.supernet import Scorer, closeness, score_all
+from saqcli.training.options import check_count
+
+Choice = tuple[int, ...]
+Move = tuple[float, int, int]  # change of the predicted loss, decision, its new option
+
+
+class Swaps:
+    """Takes the configuration nearest to the float network, by measured swaps.
+
+    Args:
+        images: as in ``Fisher``, which predicts the gain of swaps.
+        swaps: number of swaps that are measured at most.
+        patience: swaps in a row without a gain after which the search ends.
+    """
+
+    def __init__(self, *, images: int = 64, swaps: int = 48, patience: int = 12) -> None:
+        for option, value in (("images", images), ("swaps", swaps), ("patience", patience)):
+            check_count(option, value)
+        self.images, self.swaps, self.patience = images, swaps, patience
+
+    def search(self, problem: SearchProblem) -> SearchResult:
+        """Measure the starts, then swaps of the best."""
+        space, budget = problem.space, problem.budget
+        space.check_reachable(budget)
+        kept = problem.memory.load() or {}
+        losses: Losses = kept.get("losses") or Fisher(images=self.images).losses(problem)
+        noise = relative_noise(problem)
+        scorer = Scorer(problem)
+
+        def propose(budget: Budget) -> list[list[int]]:
+            return list(map(list, _starts(space, budget, losses, noise)))
+
+        best = score_all(problem, scorer, propose(budget), {"losses": losses})
+        if not budget.admits(space.ceiling):
+            best = self._descend(problem, scorer, best, losses)
+        return SearchResult(list(best.choice), propose, scorer, list(scorer.scored.values()))
+
+    def _descend(self, problem: SearchProblem, scorer: Scorer, best: Scored, losses: Losses) -> Scored:
+        """Swap as long as it helps; an interrupted search finds its scores again."""
+        tried = {best.choice}
+        failed = 0
+        with problem.progress.task("swapping bits", self.swaps) as task:
+            for _ in range(self.swaps):
+                chosen = next(_swapped(problem.space, problem.budget, best.choice, losses, tried), None)
+                if chosen is None or failed == self.patience:
+                    break
+                tried.add(chosen)
+                found = scorer(chosen)
+                failed = 0 if closeness(found) < closeness(best) else failed + 1
+                best = min(best, found, key=closeness)
+                task.advance(divergence=best.divergence, best=best.top1)
+                problem.memory.offer(lambda: {"losses": losses, "calibrated": scorer.state_dict()})
+        return best
+
+
+def untied_uniforms(space: SearchSpace, budget: Budget) -> list[list[int]]:
+    """The same widths everywhere, one for weights and one for inputs, within the budget; none that another exceeds."""
+    options = [bits for decision in space.decisions for bits in decision.options]
+    weights, inputs = ({getattr(bits, of) for bits in options} - {None} for of in ("weight", "activation"))
+    pairs = {
+        (w, a): choice
+        for w in weights
+        for a in inputs
+        if budget.admits(space.cost(choice := space.nearest(LayerBits(weight=w, activation=a))))
+    }
+    widest = [
+        pair
+        for pair in pairs
+        if not any(other != pair and other[0] >= pair[0] and other[1] >= pair[1] for other in pairs)
+    ]
+    return [pairs[pair] for pair in sorted(widest)]
+
+
+def _starts(space: SearchSpace, budget: Budget, losses: Losses, noise: Losses) -> list[Choice]:
+    """Distinct configurations within the budget."""
+    if budget.admits(space.ceiling):
+        return [tuple(len(decision.options) - 1 for decision in space.decisions)]
+    uniform = [tuple(choice) for choice in untied_uniforms(space, budget)]
+    found = [tuple(best_choice(space, budget, each)) for each in (losses, noise)]
+    found += [start for choice in uniform for start in (_filled(space, budget, choice, losses), choice)]
+    return list(dict.fromkeys(found))
+
+
+def _filled(space: SearchSpace, budget: Budget, choice: Choice, losses: Losses) -> Choice:
+    """``choice`` with what is left of the budget spent, most predicted gain first."""
+    while True:
+        rises = [(gain, i, option) for gain, i, option in _moves(space, choice, losses) if gain < 0]
+        for _, i, option in sorted(rises):
+            richer = (*choice[:i], option, *choice[i + 1 :])
+            if budget.admits(space.cost(richer)):
+                choice = richer
+                break
+        else:
+            return choice
+
+
+def _swapped(
+    space: SearchSpace, budget: Budget, choice: Choice, losses: Losses, tried: set[Choice]
+) -> Iterator[Choice]:
+    """Configurations within the budget one swap away and not yet tried, most predicted gain first."""
+    moves = _moves(space, choice, losses)
+    pairs = [
+        (one[0] + other[0], (one, other))
+        for one in moves
+        for other in moves
+        if one[0] < 0 < other[0] and one[1] != other[1]
+    ]
+    singles = [(move[0], (move,)) for move in moves if move[0] < 0]
+    for _, parts in sorted([*singles, *pairs]):
+        changed = list(choice)
+        for _, decision, option in parts:
+            changed[decision] = option
+        if tuple(changed) not in tried and budget.admits(space.cost(changed)):
+            yield tuple(changed)
+
+
+def _moves(space: SearchSpace, choice: Sequence[int], losses: Losses) -> list[Move]:
+    """One decision's weights or inputs at the next width."""
+    found: list[Move] = []
+    for i, (decision, now) in enumerate(zip(space.decisions, choice, strict=True)):
+        here = decision.options[now]
+        for option in _neighbours(decision.options, here):
+            found.append((losses[i][option] - losses[i][now], i, option))
+    return found
+
+
+def _neighbours(options: Sequence[LayerBits], here: LayerBits) -> list[int]:
+    """The options next to ``here``: more or fewer bits of one operand, of both where they are tied."""
+    tied = all(bits.weight == bits.activation for bits in options)
+    found: list[int] = []
+    for of, other in (("weight", "activation"), ("activation", "weight")):
+        same = [
+            (getattr(bits, of) or 0, index)
+            for index, bits in enumerate(options)
+            if tied or getattr(bits, other) == getattr(here, other)
+        ]
+        mine = getattr(here, of) or 0
+        above = [pair for pair in same if pair[0] > mine]
+        below = [pair for pair in same if pair[0] < mine]
+        found += [pair[1] for pair in (min(above, default=None), max(below, default=None)) if pair]
+    return list(dict.fromkeys(found))

@@ -67,6 +67,7 @@ def _count_or_all(value: Any) -> Any:
 CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 DEFAULT_RECIPE = "quick"
+_MOST_TABLE = 2**22  # bytes of a table of costs that a run records
 
 
 def recipes() -> list[str]:
@@ -949,7 +950,8 @@ def _table_content(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or holds no object.
     """
-    tree = read_json(read_text(named_path(name), f"`quantization.cost={name}`"), name)
+    text = read_text(named_path(name), f"`quantization.cost={name}`", most=_MOST_TABLE)
+    tree = read_json(text, name)
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} cannot be read as a table of costs: it holds no object")
     return tree
@@ -1030,7 +1032,7 @@ def read_recipe(name: str, where: str = "") -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    text = read_text(file, str(file), most=2**18)
+    text = read_text(file, str(file), most=2 * _MOST_TABLE)  # which it may hold
     tree = (read_json if file.suffix.lower() == ".json" else read_toml)(text, str(file))
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} cannot be read as a configuration: it holds no sections")

@@ -20,10 +20,11 @@ from saqcli.quant.convert import Scheme, unwrap, wrap
 from saqcli.quant.cost import UNITS, Budget, CostModel
 from saqcli.quant.search_space import SearchSpace, parse_rule
 from saqcli.quant.tracer import trace
+from saqcli.runs.directory import RunDirectory
 from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
-from saqcli.target import TARGETS, Target, find_deployment, target_of
+from saqcli.target import PAPER, TARGETS, Target, find_deployment, target_of
 from saqcli.units import SETTINGS, Quantity, parse_cost, parse_quantity
 
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
@@ -316,16 +317,18 @@ def kinds_in(model: nn.Module, metadata: ModelMetadata) -> frozenset[str]:
     return frozenset(junction.kind for junction in found.junctions)
 
 
-def own_target(metadata: ModelMetadata, settings: QuantizationSection | None) -> Target | None:
+def own_target(metadata: ModelMetadata, run: RunDirectory | None) -> Target | None:
     """The target that a model was quantized for; None if it was a file's, whose content is not known.
 
     Args:
         metadata: of the model, which has the name only.
-        settings: of its run, if there is one.
+        run: the run that it lies in, which has the content, if there is one.
     """
-    if settings is not None and "target" in settings.contents:
-        return target_of(settings)
     name = metadata.scheme.target
+    if run is not None and name != PAPER:
+        settings = run.config().quantization
+        if "target" in settings.contents:
+            return target_of(settings)
     return TARGETS.get(name)
 
 
@@ -334,7 +337,7 @@ def style_for(
     model: nn.Module,
     style: str | None,
     target: str | None,
-    settings: QuantizationSection | None = None,
+    run: RunDirectory | None = None,
 ) -> str:
     """The style that a model is written in for its target.
 
@@ -343,13 +346,13 @@ def style_for(
         model: quantized; not changed.
         style: as the user gives it, or None.
         target: name or file of the target; None for that of the model.
-        settings: of its run, if there is one.
+        run: the run that it lies in, if there is one.
 
     Raises:
         ConfigError: the target does not read the style.
         UnsupportedModel: the target cannot run the model; the message names the reason.
     """
-    deployment = own_target(metadata, settings) if target is None else find_deployment(target)
+    deployment = own_target(metadata, run) if target is None else find_deployment(target)
     if deployment is None:
         return style or "qdq"
     if style is not None:

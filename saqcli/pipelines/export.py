@@ -101,7 +101,7 @@ def export(
         assert weights is not None
         model, metadata = restore(weights, own)
         size = (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
-    style = style_for(metadata, model, style, target, run.config().quantization if run else None)
+    style = style_for(metadata, model, style, target, run)
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {"true_size": size}
     if data.path is None:

@@ -177,7 +177,7 @@ def _quantized(source: Source, own: OwnNetwork | None, progress: Progress) -> _O
     assert path is not None
     loaded, metadata = open_from_metadata(path, own)
     network = wrap_and_trace(loaded, recorded=metadata)
-    target = own_target(metadata, run.config().quantization if run else None)
+    target = own_target(metadata, run)
     policy = in_order(metadata.policy, network, str(path))
     return _Opened(network, policy, metadata.scheme, target or TARGETS[PAPER])
 

@@ -336,7 +336,7 @@ class QuantizationSection(_Section):
         Option(
             "Method that finds the bits under a budget: {choices}",
             "NAME",
-            choices=_names("samq asga hawq sensitivity random error uniform"),
+            choices=_names("samq asga hawq sensitivity fisher swaps random error uniform"),
             family="searchers",
         ),
     ] = "error"

@@ -59,6 +59,11 @@ def test_results_page_is_current() -> None:
     assert script("results.py")["page"]() == (FOLDER / "RESULTS.md").read_text(encoding="utf-8")
 
 
+def test_tables_of_the_documentation_are_current() -> None:
+    text = (FOLDER.parent / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    assert script("tables.py")["page"](text) == text
+
+
 def test_goals_with_kernels_are_relative_to_eager_float() -> None:
     seconds = {
         "float_eager": 1.0,

@@ -13,13 +13,14 @@ the nearest of all that were measured: never worse, on the scoring images, than 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
 from saqcli.searchers.fisher import Fisher
 from saqcli.searchers.knapsack import best_choice
-from saqcli.searchers.problem import Scored, SearchProblem, SearchResult
+from saqcli.searchers.problem import Batch, Scored, SearchProblem, SearchResult
 from saqcli.searchers.separable import Losses, relative_noise
 from saqcli.searchers.supernet import Scorer, closeness, score_all
 from saqcli.training.options import check_count
@@ -33,19 +34,26 @@ class Swaps:
 
     Args:
         images: as in ``Fisher``, which predicts the gain of swaps.
+        scoring: number of scoring images that configurations are compared on, rounded up to whole batches.
         swaps: number of swaps that are measured at most.
         patience: swaps in a row without a gain after which the search ends.
     """
 
-    def __init__(self, *, images: int = 64, swaps: int = 48, patience: int = 12) -> None:
-        for option, value in (("images", images), ("swaps", swaps), ("patience", patience)):
+    def __init__(self, *, images: int = 64, scoring: int = 512, swaps: int = 48, patience: int = 12) -> None:
+        for option, value in (
+            ("images", images),
+            ("scoring", scoring),
+            ("swaps", swaps),
+            ("patience", patience),
+        ):
             check_count(option, value)
-        self.images, self.swaps, self.patience = images, swaps, patience
+        self.images, self.scoring, self.swaps, self.patience = images, scoring, swaps, patience
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Measure the starts, then swaps of the best."""
         space, budget = problem.space, problem.budget
         space.check_reachable(budget)
+        problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
         kept = problem.memory.load() or {}
         losses: Losses = kept.get("losses") or Fisher(images=self.images).losses(problem)
         noise = relative_noise(problem)
@@ -58,6 +66,14 @@ class Swaps:
         if not budget.admits(space.ceiling):
             best = self._descend(problem, scorer, best, losses)
         return SearchResult(list(best.choice), propose, scorer, list(scorer.scored.values()))
+
+    def _first(self, problem: SearchProblem) -> list[Batch]:
+        """Whole batches of the scoring images."""
+        found: list[Batch] = []
+        for batch in problem.images.scoring:
+            if sum(len(labels) for _, labels in found) < self.scoring:
+                found.append(batch)
+        return found
 
     def _descend(self, problem: SearchProblem, scorer: Scorer, best: Scored, losses: Losses) -> Scored:
         """Swap as long as it helps; an interrupted search finds its scores again."""

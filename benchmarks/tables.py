@@ -1,0 +1,125 @@
+"""Write the tables of docs/reproduction.md that come from result files in ``results/``.
+
+    python benchmarks/tables.py
+
+A table stands between two comments, ``<!-- table NAME -->`` and ``<!-- end -->``; what is between them is replaced. A
+test compares.
+"""
+
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import read
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "reproduction.md"
+Line = dict[str, Any]
+PLAIN = {"--calibration"}  # where images come from is said in the text
+
+
+def reconstruction() -> str:
+    """Accuracy after every stage of ``--recipe minutes`` with its defaults."""
+    lines = [
+        line for line in read(FOLDER / "results" / "reconstruction.jsonl") if not _variation(line["options"])
+    ]
+    rows = [
+        "| network | float | bits | calibrated | reconstructed | best class of float | CPU seconds | seeds |",
+        "|--|--|--|--|--|--|--|--|",
+    ]
+    before = ""
+    for members in _groups(lines, "model", "bits"):
+        first = members[0]
+        new = first["model"] != before
+        before = first["model"]
+        rows.append(
+            f"| {f'`{before}`' if new else ''} | {first['float_top1']:.2f} | {first['bits']} | {_stages(members)} |"
+        )
+    return "\n".join(rows)
+
+
+def variations() -> str:
+    """The same with other numbers of images and iterations."""
+    lines = read(FOLDER / "results" / "reconstruction.jsonl")
+    varied = {(line["model"], line["bits"]) for line in lines if _variation(line["options"])}
+    chosen = [line for line in lines if (line["model"], line["bits"]) in varied]
+    rows = [
+        "| network | bits | options | calibrated | reconstructed | best class of float | CPU seconds | seeds |",
+        "|--|--|--|--|--|--|--|--|",
+    ]
+    for members in sorted(_groups(chosen, "model", "bits", "options"), key=_order):
+        first = members[0]
+        rows.append(
+            f"| `{first['model']}` | {first['bits']} | {_variation(first['options']) or 'defaults'} | "
+            f"{_stages(members)} |"
+        )
+    return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"reconstruction": reconstruction, "variations": variations}
+
+
+def _variation(options: list[str]) -> str:
+    """Options that change the method, not the network or its images."""
+    words, found = iter(options), []
+    for word in words:
+        if word in PLAIN:
+            continue
+        value = next(words, "")
+        if word == "--iterations":
+            found.append(f"{value} iterations")
+        elif word == "--set" and value.startswith("data.calibration_images="):
+            found.append(f"{value.partition('=')[2]} images")
+        elif word not in ("--model-kwargs", "--mean", "--std"):
+            found.append(f"{word} {value}".strip())
+    return ", ".join(found)
+
+
+def _order(members: list[Line]) -> tuple[str, str, str, int]:
+    first = members[0]
+    text = _variation(first["options"])
+    number, _, unit = text.partition(" ")
+    return first["model"], first["bits"], unit, int(number) if number.isdigit() else 0
+
+
+def _groups(lines: list[Line], *by: str) -> list[list[Line]]:
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(str([line[name] for name in by]), []).append(line)
+    return list(found.values())
+
+
+def _stages(members: list[Line]) -> str:
+    """Top-1 when calibrated and reconstructed, agreement, seconds, seeds."""
+    stages = {name: [_stage(line, name) for line in members] for name in ("calibrated", "reconstructed")}
+    cells = [_mean([stage["top1"] for stage in rows]) for rows in stages.values()]
+    agreement = statistics.mean(stage["agreement"] for stage in stages["reconstructed"])
+    seconds = statistics.mean(line["cpu_seconds"] for line in members)
+    return " | ".join([*cells, f"{agreement:.1f}", f"{seconds:.0f}", str(len(members))])
+
+
+def _stage(line: Line, name: str) -> Line:
+    found: Line = next(stage for stage in line["stages"] if stage["stage"] == name)
+    return found
+
+
+def _mean(values: list[float]) -> str:
+    """With the standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def page(text: str) -> str:
+    """``text`` with all tables written anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", text)  # type: ignore[misc]
+        if count != 1:
+            raise SystemExit(f"docs/reproduction.md has {count} places for table {name}: give it one")
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

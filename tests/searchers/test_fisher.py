@@ -1,0 +1,140 @@
+"""Predicted divergences, against exact ones in float64; and swaps, against every uniform configuration."""
+
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saqcli.errors import Interrupted
+from saqcli.quant.grid import fake_quantize
+from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers
+from saqcli.quant.search_space import Candidates
+from saqcli.searchers import Scorer, closeness
+from saqcli.searchers.fisher import Fisher, _inputs, _movements, _weight_errors
+from saqcli.searchers.problem import SearchProblem
+from saqcli.searchers.separable import Key
+from saqcli.searchers.swaps import Swaps, untied_uniforms
+from tests.support.searching import Stopping, fresh, random_problem, tiny_problem
+
+
+class Added(nn.Module):
+    """An input quantizer that adds a given error, scaled."""
+
+    def __init__(self, error: Tensor) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.error
+
+
+def in_doubles() -> tuple[SearchProblem, dict[str, QuantizedLayer], Tensor]:
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 4)))
+    problem.model.double().eval()
+    return problem, quantized_layers(problem.model), problem.images.scoring[0][0][:1].double()
+
+
+def exact(problem: SearchProblem, layers: dict[str, QuantizedLayer], image: Tensor, key: Key) -> float:
+    """1/2 d^T F d for the first-order movement d of the logits, by central differences."""
+    errors, inputs = _weight_errors(problem, layers), _inputs(problem, layers)
+    layer, tiny = layers[key.layer], 1e-6
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        logits = problem.model(image)
+        hook.remove()
+        ends = []
+        for side in (tiny, -tiny):
+            if key.operand == "weight":
+                with perturbed([layer], [side * errors[key]]):
+                    ends.append(problem.model(image))
+                continue
+            level, grid = inputs[key]
+            before = layer.input_quantizer
+            layer.input_quantizer = Added(side * (fake_quantize(seen[0], level, grid) - seen[0]))
+            ends.append(problem.model(image))
+            layer.input_quantizer = before
+    moved = ((ends[0] - ends[1]) / (2 * tiny))[0]
+    p = logits[0].softmax(0)
+    return float(0.5 * ((p * moved**2).sum() - (p * moved).sum() ** 2))
+
+
+@pytest.mark.parametrize("operand", ["weight", "activation"])
+def test_sketch_is_unbiased(operand: str) -> None:
+    """4,000 sketches: the standard error of a mean of squares of Gaussians is sqrt(2 / 4000), 2.2 %."""
+    problem, layers, image = in_doubles()
+    inputs, errors = _inputs(problem, layers), _weight_errors(problem, layers)
+    name = list(layers)[1]
+    key = next(key for key in (*errors, *inputs) if key == Key(name, operand, 2))  # type: ignore[arg-type]
+    kept_errors = {k: e for k, e in errors.items() if k == key}
+    kept_inputs = {k: q for k, q in inputs.items() if k == key}
+    generator = torch.Generator().manual_seed(0)
+    total, count = 0.0, 4000
+    for _ in range(count):
+        for _, moved in _movements(problem, layers, image, kept_inputs, kept_errors, generator):
+            total += 0.5 * moved**2
+    expected = exact(problem, layers, image, key)
+    assert expected > 0
+    assert total / count == pytest.approx(expected, rel=0.12)
+
+
+def test_losses_ignore_labels_and_leave_the_model_alone() -> None:
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 4)))
+    before = {name: value.clone() for name, value in problem.model.state_dict().items()}
+    one = Fisher(images=4).losses(problem)
+    relabelled = [(images, (labels + 1) % 2) for images, labels in problem.images.scoring]
+    other = Fisher(images=4).losses(replace(problem, images=replace(problem.images, scoring=relabelled)))
+    assert one == other
+    assert all(torch.equal(before[name], value) for name, value in problem.model.state_dict().items())
+    assert not any(layer.perturbation is not None for layer in quantized_layers(problem.model).values())
+    fewer, more = (sum(row[index] for row in one) for index in (0, -1))
+    assert fewer > more  # noise of 2 bits and of 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_swaps_are_never_worse_than_a_uniform_configuration(seed: int) -> None:
+    problem = random_problem(seed)
+    found = Swaps(images=4, swaps=6).search(fresh(problem))
+    scorer = Scorer(fresh(problem))
+    best = closeness(scorer(found.choice))
+    for choice in untied_uniforms(problem.space, problem.budget):
+        assert best <= closeness(scorer(choice))
+
+
+def test_swap_is_kept_where_sums_mislead() -> None:
+    problem = random_problem(21)
+    found = Swaps(images=8, swaps=12).search(fresh(problem))
+    starts = found.propose(problem.budget)
+    scorer = Scorer(fresh(problem))
+    assert closeness(scorer(found.choice)) < min(closeness(scorer(start)) for start in starts)
+
+
+def test_uniform_pairs_are_the_widest() -> None:
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 3, 4)))
+    space, budget = problem.space, problem.budget
+    pairs = untied_uniforms(space, budget)
+    costs = [space.cost(choice) for choice in pairs]
+    assert pairs
+    assert all(map(budget.admits, costs))
+    for choice in pairs:
+        dearer = [
+            other
+            for other in pairs
+            if other != choice and all(a >= b for a, b in zip(other, choice, strict=True))
+        ]
+        assert not dearer
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 6])
+def test_interrupted_swaps_resume_bit_identically(stop_after: int) -> None:
+    problem = random_problem(1)
+    settings = {"images": 4, "swaps": 6}
+    straight = Swaps(**settings).search(fresh(problem))
+    memory = Stopping(stop_after)
+    with suppress(Interrupted):  # a search may end before
+        Swaps(**settings).search(fresh(problem, memory=memory))
+    resumed = Swaps(**settings).search(fresh(problem, memory=Stopping(kept=memory.kept)))
+    assert resumed.choice == straight.choice
+    assert resumed.scored == straight.scored

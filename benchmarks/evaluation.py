@@ -24,7 +24,7 @@ from saqcli.allocator import keep_freed_memory
 from saqcli.config import DataSection, ModelSection
 from saqcli.data.batches import Loader
 from saqcli.data.splits import open_named, validation_loader
-from saqcli.pipelines.predictors import Predictor, open_target, with_memory_format
+from saqcli.pipelines.predictors import Predictor, open_source, with_memory_format
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.training.loop import evaluate
@@ -101,7 +101,7 @@ def main() -> None:
     wanted = options.parse_args()
     kept = keep_freed_memory()  # as the command line does
     section = ModelSection(name=wanted.model, pretrained=False, input_size=wanted.side)
-    found = open_target(wanted.model, section, pick_device(wanted.device), SILENT)
+    found = open_source(wanted.model, section, pick_device(wanted.device), SILENT)
     batches, count = images_of(wanted, found)
     calibration = torch.cat([images for images, _ in islice(batches, 1)])[:32]
     steps = variants(found, batches, calibration)

@@ -59,7 +59,7 @@ def main() -> None:
         model=copy.deepcopy(network.model),
         space=space,
         budget=budget,
-        scheme=scheme_of(config),
+        scheme=scheme_of(config.quantization),
         statistics=calibrate(network, images, config, SILENT),
         images=search_images(images, config.search, SILENT),
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),

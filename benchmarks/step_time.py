@@ -188,7 +188,7 @@ def make_trainer(
         policy = network.costs.uniform(network.name, parse_bits(config.quantization.bits))
         example = Call((batches.batch[0][:32].cpu(),))
         found = observe(model.eval(), [example.args[0]])
-        install(network, example, scheme_of(config), policy, found)
+        install(network, example, scheme_of(config.quantization), policy, found)
     else:
         ways = {
             name: getattr(training, name) for name in WAYS

@@ -40,7 +40,7 @@ from saqcli.option import (
     TRAINING,
     Option,
 )
-from saqcli.serialization import Misfit, parse_object, printable, read_json, read_text, read_toml
+from saqcli.serialization import Misfit, named_path, parse_object, printable, read_json, read_text, read_toml
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -67,6 +67,7 @@ def _count_or_all(value: Any) -> Any:
 CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 DEFAULT_RECIPE = "quick"
+_MOST_TABLE = 2**22  # bytes of a table of costs that a run records
 
 
 def recipes() -> list[str]:
@@ -261,7 +262,8 @@ class QuantizationSection(_Section):
     """The quantizers, and the source of the bits: ``bits``, a budget (``bops``, ``size`` in bytes), or ``policy``.
 
     A budget may also be one of accuracy (``max_drop`` or ``min_top1``), alone or with the others. ``target`` is a name
-    in the table of targets (``saqcli.target``), or a file.
+    in the table of targets (``saqcli.target``), or a file. ``contents`` holds what the files said that ``target`` and
+    ``cost`` name, by these two names, when the settings were made; no file is read again.
 
     ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are set for the
     inputs. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
@@ -438,6 +440,7 @@ class QuantizationSection(_Section):
     recalibrate_bn: Annotated[
         bool, Option("Adapt batch-norm statistics to the quantized layers after calibration")
     ] = True
+    contents: dict[Literal["target", "cost"], dict[str, Any]] = {}
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -453,6 +456,7 @@ class QuantizationSection(_Section):
             "short_steps": None,
             "balance_norms": False,
             "compensate": False,
+            "contents": {},
         }
         unused = {name for name, default in defaults.items() if getattr(self, name) == default}
         return {key: value for key, value in handler(self).items() if key not in unused}
@@ -872,7 +876,10 @@ def resolve_into(
     base = problems.attempt(read_recipe, name, "" if recipe else where)
     name = name if base is not None else DEFAULT_RECIPE
     _merge(tree, read_recipe(name) if base is None else base)
-    _merge(tree, problems.attempt(_defaults_of_target, given, assignments or {}, options or {}) or {})
+    contents = _contents(problems, given, assignments or {}, options or {})
+    _merge(
+        tree, problems.attempt(_defaults_of_target, contents, given, assignments or {}, options or {}) or {}
+    )
     _merge(tree, given)
     tree["recipe"] = name
     for key, text in (assignments or {}).items():
@@ -880,6 +887,8 @@ def resolve_into(
     for key, value in (options or {}).items():
         if value is not None:
             problems.attempt(_assign, tree, key, value)
+    if isinstance(section := tree.setdefault("quantization", {}), dict):
+        section["contents"] = contents
     if not (recipe or given.get("recipe")):
         _train_on_labels_only(tree, [given, assignments or {}, options or {}])
     model = tree.setdefault("model", {})
@@ -898,22 +907,73 @@ def resolve_into(
     return _checked(problems, tree, str(file) if file else "configuration")
 
 
-def _defaults_of_target(*given: Mapping[str, Any]) -> Mapping[str, Any]:
+def names_table(cost: str) -> bool:
+    """Whether ``quantization.cost`` is the path of a table of costs, and no name of a cost model."""
+    return cost.endswith(".json") or "/" in cost
+
+
+def _named(setting: str, *given: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The text of ``quantization.SETTING`` in file, assignments or options, the last wins, and its recorded content."""
+    name, recorded = None, None
+    for one in given:
+        section = one.get("quantization")
+        inside = section if isinstance(section, Mapping) else {}
+        named = inside.get(setting, one.get(f"quantization.{setting}"))
+        if named is not None:
+            contents = inside.get("contents")
+            name, recorded = named, contents.get(setting) if isinstance(contents, Mapping) else None
+    return (name, recorded) if isinstance(name, str) else (None, None)
+
+
+def _contents(problems: Problems, *given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the files say that ``target`` and ``cost`` name; where a configuration file holds that, they are not read.
+
+    What is wrong is added to ``problems``.
+    """
+    from saqcli.target import is_file, target_content
+
+    found: dict[str, Any] = {}
+    for setting, of_file, read in (
+        ("target", is_file, target_content),
+        ("cost", names_table, _table_content),
+    ):
+        name, recorded = _named(setting, *given)
+        if name is not None and of_file(name):
+            content = problems.attempt(read, name) if recorded is None else recorded
+            found |= {} if content is None else {setting: content}
+    return found
+
+
+def _table_content(name: str) -> dict[str, Any]:
+    """The content of a table of costs, not yet checked.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no object.
+    """
+    text = read_text(named_path(name), f"`quantization.cost={name}`", most=_MOST_TABLE)
+    tree = read_json(text, name)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name} cannot be read as a table of costs: it holds no object")
+    return tree
+
+
+def _defaults_of_target(contents: Mapping[str, Any], *given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the target that file, assignments or options name, its first style among them; later ones win.
 
     Raises:
         ConfigError: there is no such target.
     """
-    name: Any = None
-    for one in given:
-        section = one.get("quantization")
-        named = section.get("target") if isinstance(section, Mapping) else one.get("quantization.target")
-        name = name if named is None else named
-    if not isinstance(name, str):
-        return {}
-    from saqcli.target import find_deployment
+    from saqcli.target import is_file, target_of
 
-    target = find_deployment(name)
+    name, _ = _named("target", *given)
+    if name is None:
+        return {}
+    content = contents.get("target")
+    if is_file(name) and not isinstance(content, dict):  # which is reported elsewhere
+        return {}
+    target = target_of(
+        QuantizationSection(target=name, contents={} if content is None else {"target": content})
+    )
     chosen: dict[str, Any] = {"export": {"styles": target.styles[:1]}} if target.styles else {}
     _merge(chosen, target.settings)
     return chosen
@@ -972,7 +1032,7 @@ def read_recipe(name: str, where: str = "") -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    text = read_text(file, str(file), most=2**18)
+    text = read_text(file, str(file), most=2 * _MOST_TABLE)  # which it may hold
     tree = (read_json if file.suffix.lower() == ".json" else read_toml)(text, str(file))
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} cannot be read as a configuration: it holds no sections")

@@ -10,7 +10,7 @@ The table ``[settings]`` of a target are defaults that fit it; they lie between 
 What the target cannot run is refused with the layer and the reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -131,6 +131,14 @@ class Target(_Part):
                     raise ValueError(f"settings.{section}.{key} is not for a target to choose")
         return self
 
+    @property
+    def adds(self) -> str:
+        """What is quantized besides layers, in words; empty if nothing is."""
+        if not self.junctions:
+            return ""
+        counted = "counted" if self.count_junctions else "not counted"
+        return f"{', '.join(self.junctions)} at {self.junction_bits} bits, {counted} as bit-operations"
+
     def candidates(self, widths: tuple[int, ...], operand: Literal["weights", "inputs"]) -> tuple[int, ...]:
         """Those of ``widths`` that the target runs.
 
@@ -211,6 +219,18 @@ class Target(_Part):
                         f"target {self.name} runs {what} of {_listed(operand.bits)} bits, and {name} has {width}: "
                         "change its bits, or choose another `quantization.target`"
                     )
+
+    def check_quantized(
+        self,
+        model: str,
+        scheme: "_Scheme",
+        layers: Mapping[str, "_LayerBits"],
+        unquantized: frozenset[str],
+    ) -> None:
+        """Refuse a quantized model that the target cannot run; arguments and errors as in the three checks of parts."""
+        self.check_scheme(scheme)
+        self.check_policy(layers)
+        self.check_junctions(model, unquantized)
 
     def check_junctions(self, model: str, unquantized: frozenset[str]) -> None:
         """Refuse a quantized model without the quantizers that the target's integer kernels need.
@@ -295,6 +315,15 @@ def is_file(text: str) -> bool:
     return text.endswith(".toml")
 
 
+def target_content(text: str) -> dict[str, Any]:
+    """What the file ``text`` says of a target, for ``target_of``.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    return find_deployment(text).model_dump(mode="json", exclude_unset=True)
+
+
 def find_deployment(text: str, setting: str = "quantization.target") -> Target:
     """The target ``text``, a name in the table or a file ``NAME.toml``; messages name the ``setting`` that holds it.
 
@@ -312,12 +341,40 @@ def find_deployment(text: str, setting: str = "quantization.target") -> Target:
     return parse_target(content, str(path), path.stem)
 
 
-def deployment_of(target: str | Path | Target | None) -> Target:
-    """The target that a public function is given; ``paper`` if it is None.
+class _Settings(Protocol):
+    """The part of the settings that says where the network will run."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def contents(self) -> Mapping[Any, Mapping[str, Any]]: ...
+
+
+def target_of(section: _Settings) -> Target:
+    """The target of the settings; one of a file as it was when the settings were made, if they hold its content.
 
     Raises:
-        ConfigError: there is no such target.
+        ConfigError: there is none, or its file cannot be read.
     """
-    if isinstance(target, Target):
-        return target
-    return TARGETS[PAPER] if target is None else find_deployment(str(target), "target")
+    recorded = section.contents.get("target")
+    if recorded is None:
+        return find_deployment(section.target)
+    return parse_object(Target, {**recorded}, f"the recorded content of {printable(section.target, 200)}")
+
+
+def deployment_of(target: str | Path | Target | None, junctions: Iterable[str] = ()) -> Target:
+    """The target that a public function is given; ``paper`` if it is None.
+
+    Args:
+        target: name, file, or the target itself.
+        junctions: kinds that are quantized without a target that names some.
+
+    Raises:
+        ConfigError: there is no such target, or both name junctions.
+    """
+    if not isinstance(target, Target):
+        target = TARGETS[PAPER] if target is None else find_deployment(str(target), "target")
+    kinds = tuple(junctions)
+    if kinds and target.junctions:
+        raise ConfigError(f"`junctions` are those of target {target.name}: remove `junctions`, or `target`")
+    return target.model_copy(update={"junctions": kinds}) if kinds else target

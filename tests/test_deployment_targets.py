@@ -16,7 +16,7 @@ from saqcli.pipelines.bits import style_for
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.junctions.kinds import KINDS
-from saqcli.target import PAPER, TARGETS, Kind, Target, find_deployment, parse_target
+from saqcli.target import PAPER, TARGETS, Inputs, Kind, Target, find_deployment, parse_target
 from tests.support.command_line import answer, last_error, saq
 
 MODEL = ("saq/resnet20", "--no-pretrained", "--num-classes", "10")
@@ -235,3 +235,56 @@ def test_own_target_brings_its_style(tmp_path: Path) -> None:
     assert resolve(options=options).export.styles == ("qonnx",)
     plan = answer("search", *MODEL, "--target", file, "--budget", "w4a8", "--dry-run")
     assert plan["budget_bops"] is not None
+
+
+def test_library_searches_for_a_target() -> None:
+    images = [torch.randn(16, 3, 8, 8)]
+    chip = Target(name="chip", description="-", junctions=("add", "pool"), count_junctions=True)
+    chip = chip.model_copy(update={"inputs": Inputs(bits=(8,))})
+    found = saqcli.search(Joined(), "w8a8", images, target=chip, short_steps=4)
+    assert {each.activation for each in found.policy.layers.values()} == {8}
+    plain = saqcli.search(Joined(), "w8a8", images, activation_candidates=(8,))
+    kinds = 4 * 6 * 6 + 4  # numbers that the addition and the pool return
+    assert found.budget.bops is not None
+    assert plain.budget.bops is not None
+    assert found.budget.bops - plain.budget.bops == kinds * 64
+    quantized = saqcli.quantize_model(
+        Joined(), policy=found.policy, target=chip, short_steps=4, calibration=images
+    )
+    assert saqcli.bops(quantized) == found.cost.bops
+    same = saqcli.quantize_model(Joined(), budget="w8a8", target=chip, calibration=images)
+    assert saqcli.bits(same) == saqcli.search(Joined(), "w8a8", images, target=chip).policy
+    with pytest.raises(UnsupportedModel, match="second has 4"):
+        saqcli.search(Joined(), "w8a8", images, target="int8-generic", pins={"second": "4"})
+    with pytest.raises(ConfigError, match="candidates are 2 or 3"):
+        saqcli.search(Joined(), "w8a8", images, target="int8-generic", candidates=(2, 3))
+    with pytest.raises(ConfigError, match="remove `junctions`, or `target`"):
+        saqcli.search(Joined(), "w8a8", images, target=chip, junctions=("add",))
+    with pytest.raises(ConfigError, match='no `weight_grid="paper"`'):
+        saqcli.search(Joined(), "w8a8", images, target="tensorrt", weight_grid="paper")
+
+
+def test_library_checks_exports_for_a_target() -> None:
+    example = torch.randn(2, 3, 8, 8)
+    saqcli.check_export(Joined(), "ort", example=example, target="ort-cpu", weight_grid="zero", short_steps=4)
+    saqcli.check_export(Joined(), "qdq", example=example, junctions=("add",))
+    with pytest.raises(ConfigError, match="style trt, not qdq"):
+        saqcli.check_export(Joined(), "qdq", example=example, target="tensorrt", weight_grid="zero")
+    plain = saqcli.quantize_model(Joined(), 8, calibration=[example], weight_grid="zero")
+    saqcli.check_export(plain, "qdq")
+    with pytest.raises(UnsupportedModel, match="operands of add or pool, and"):
+        saqcli.check_export(plain, "qdq", target="openvino")
+    joined = saqcli.quantize_model(Joined(), 8, calibration=[example], target="openvino", weight_grid="zero")
+    saqcli.check_export(joined, "qdq", target="openvino")
+
+
+def test_files_say_whether_junctions_count(tmp_path: Path) -> None:
+    chip = Target(name="chip", description="-", junctions=("add",), count_junctions=True)
+    made = saqcli.quantize_model(Joined(), 8, target=chip, calibration=[torch.randn(4, 3, 8, 8)])
+    saqcli.save(made, tmp_path / "net.safetensors")
+    loaded = saqcli.load(tmp_path / "net.safetensors", model=Joined(), example=torch.randn(1, 3, 8, 8))
+    assert saqcli.bops(loaded) == saqcli.bops(made)
+    free = Target(name="chip", description="-", junctions=("add",))
+    other = saqcli.quantize_model(Joined(), 8, target=free, calibration=[torch.randn(4, 3, 8, 8)])
+    assert saqcli.bops(made) - saqcli.bops(other) == 4 * 6 * 6 * 64
+    assert "counted" not in metadata_of(other).model_dump_json()

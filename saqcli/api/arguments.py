@@ -1,15 +1,16 @@
 """Checks of arguments that several public functions share: quantizers and bit-widths."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import MAX_BITS, MIN_BITS
 from saqcli.quant.calibration import ClipInit
 from saqcli.quant.clip_init import SQUARED
 from saqcli.quant.convert import Scheme
+from saqcli.quant.cost import CostModel
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.quantizers.base import Granularity
-from saqcli.quant.search_space import Candidates
+from saqcli.quant.search_space import Candidates, SearchSpace, parse_rules, search_space
 from saqcli.serialization import parse_object
 from saqcli.target import Target
 
@@ -51,16 +52,39 @@ def scheme_of(
     return scheme
 
 
-def widths_of(candidates: Iterable[int], activation_candidates: Iterable[int] | None = None) -> Candidates:
-    """The bit-widths that a layer may have.
+def widths_of(
+    candidates: Iterable[int],
+    activation_candidates: Iterable[int] | None = None,
+    target: Target | None = None,
+) -> Candidates:
+    """The bit-widths that a layer may have; of those for both, a target with other widths of inputs unties these.
 
     Raises:
-        ConfigError: none, or other than whole numbers from 2 to 8.
+        ConfigError: none, or other than whole numbers from 2 to 8, or none that the target runs.
     """
     weights = _widths("candidates", candidates)
-    if activation_candidates is None:
-        return Candidates(weights)
-    return Candidates(weights, _widths("activation_candidates", activation_candidates))
+    tied = activation_candidates is None
+    inputs = weights if tied else _widths("activation_candidates", activation_candidates or ())
+    if target is not None:
+        weights, inputs = target.candidates(weights, "weights"), target.candidates(inputs, "inputs")
+    return Candidates(weights, None if tied and weights == inputs else inputs)
+
+
+def space_for(
+    name: str, costs: CostModel, candidates: Candidates, pins: Mapping[str, str], target: Target
+) -> SearchSpace:
+    """The search space of the network ``name``, all of which the target can run.
+
+    Raises:
+        ConfigError: pins that match no layer, or leave a layer without options.
+        UnsupportedModel: the target cannot run bits of a layer that a pin allows.
+    """
+    space = search_space(name, costs, candidates, parse_rules(pins))
+    target.check_policy(space.fixed)
+    for decision in space.decisions:
+        for option in decision.options:
+            target.check_policy(dict.fromkeys((layer.name for layer in decision.members), option))
+    return space
 
 
 def _widths(name: str, candidates: Iterable[int]) -> tuple[int, ...]:

@@ -2,56 +2,57 @@
 
 import operator
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from saqcli.config import names_table
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import parse_bits
 from saqcli.quant.cost import Budget, CostModel
 from saqcli.quant.cost_tables.table import CostTable, TablePrice
 from saqcli.quant.costs import COSTS, price_of
-from saqcli.serialization import named_path, parse_json, read_text
+from saqcli.serialization import named_path, parse_json, parse_object, read_text
 from saqcli.units import Quantity, parse_cost, parse_quantity
 
 UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
 BUDGETS = 'give bit-operations such as 500_000_000, "34G" or "w4a4", or a saqcli.Budget'
 
 
-def is_table(cost: str) -> bool:
-    """Whether ``quantization.cost`` is the path of a table of costs, and no name of a cost model."""
-    return cost.endswith(".json") or "/" in cost
-
-
-def read_costs(cost: str) -> TablePrice:
-    """The table of costs in the file ``cost``.
+def read_costs(cost: str, content: Mapping[str, Any] | None = None) -> TablePrice:
+    """The table of costs in the file ``cost``, or with its recorded ``content``.
 
     Raises:
         ConfigError: unreadable, of another version, or not as documented.
     """
+    if content is not None:
+        return TablePrice(parse_object(CostTable, {**content}, cost), cost)
     path = named_path(cost)
     text = read_text(path, f"`quantization.cost={cost}`")
     return TablePrice(parse_json(CostTable, text, str(path)), cost)
 
 
-def cost_unit(cost: str) -> str:
+def cost_unit(cost: str, content: Mapping[str, Any] | None = None) -> str:
     """The unit in which ``quantization.cost`` counts.
 
     Raises:
         ConfigError: there is no such cost model, or no such table.
     """
-    return read_costs(cost).table.counted_in if is_table(cost) else COSTS.find(cost, "quantization.cost").unit
+    if names_table(cost):
+        return read_costs(cost, content).table.counted_in
+    return COSTS.find(cost, "quantization.cost").unit
 
 
-def priced(costs: CostModel, cost: str) -> CostModel:
-    """``costs``, counted by the cost model of this name, or by the table in this file.
+def priced(costs: CostModel, cost: str, content: Mapping[str, Any] | None = None) -> CostModel:
+    """``costs``, counted by the cost model of this name, or by the table in this file or with this ``content``.
 
     Raises:
         ConfigError: there is no such cost model, or the table is damaged or of another network.
         PluginError: one of another package is not as documented.
     """
-    if is_table(cost):
-        return read_costs(cost).applied(costs)
+    if names_table(cost):
+        return read_costs(cost, content).applied(costs)
     price = price_of(cost, costs.layers)
     return replace(costs, price=price, unit=COSTS[cost].unit)
 

@@ -67,6 +67,7 @@ class Profile:
             "ceiling_size_bytes": self.ceiling.size,
             "size_bytes": self.size,
             "float_size_bytes": costs.float_size,
+            **({"junction_bops": costs.joined_bops} if costs.joined_bops else {}),
             "layers": layer_rows(self.network, self.policy),
             "products": product_rows(self.network, self.policy),
             "unquantized": unquantized(traced),

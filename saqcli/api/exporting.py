@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saqcli.api.arguments import scheme_of
 from saqcli.api.batches import BatchReader, Calls, Inputs
 from saqcli.api.files import metadata_of, opened
-from saqcli.api.info import info, quantization_of, unwrapped
+from saqcli.api.info import bits_of, info, quantization_of, unwrapped
 from saqcli.api.networks import check_signature, float_network, install, observed, policy_of, prepare
 from saqcli.errors import (
     ConfigError,
@@ -31,8 +31,8 @@ from saqcli.quant.convert import Scheme
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.network import Network
 from saqcli.quant.quantizers.base import Granularity
-from saqcli.quant.tracer import Trace
 from saqcli.serialization import named_path
+from saqcli.target import Target, deployment_of
 from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified, write_and_run
 from saqcli.verify.verdict import SYNTHETIC, Verdict, synthetic_batches, verdict_path
@@ -125,6 +125,9 @@ def check_export(
     weight_grid: WeightGrid = "auto",
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
+    short_steps: int | None = None,
+    target: str | Path | Target | None = None,
+    junctions: Iterable[str] = (),
 ) -> None:
     """Check, before any training, that a module can be exported: write a trial file and run it.
 
@@ -133,29 +136,44 @@ def check_export(
         style: as in ``export_onnx``.
         example: inputs of a float module, as in ``quantize_model``.
         inputs: as in ``quantize_model``.
-        quantizer: of a float module, as in ``quantize_model``, like the next five.
+        quantizer: of a float module, as in ``quantize_model``, like the next eight.
         weight_quantizer: of weights.
         activation_quantizer: of inputs.
         weight_grid: levels of weights.
         granularity: of clipping levels.
         weight_normalization: of the weights of convolutions.
+        short_steps: most significant bits of every step.
+        target: where the module will run, which may be asked of a quantized module, too.
+        junctions: kinds of further operators whose operands are quantized.
 
     Raises:
-        ConfigError: an unknown name or value.
+        ConfigError: an unknown name or value, or a style or quantizers that the target does not read or run.
         UnsupportedModel: it cannot be exported; the message gives reason and remedy.
     """
     model = unwrapped(model)
-    about = info(model)
+    about, place = info(model), deployment_of(target, junctions)
+    place.check_styles((style,))
     if about.quantization is None:
         scheme = scheme_of(
-            quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
+            quantizer,
+            weight_quantizer,
+            activation_quantizer,
+            weight_grid,
+            granularity,
+            weight_normalization,
+            target=place,
+            short_steps=short_steps,
         )
         ready = prepare(model, None, example, inputs, None)
-        network = float_network(ready.model, ready.example)
+        network = float_network(ready.model, ready.example, target=place, fold_norms=short_steps is not None)
         try_export(network, ready.example, scheme, style)
         return
-    check_signature(about.name, about.quantization.traced)
-    images = _random_images(about.quantization.traced)
+    found, policy = about.quantization, bits_of(model)
+    quantized = found.junctions.operators if found.junctions else {}
+    unquantized = frozenset(each.kind for each in found.traced.junctions if each.name not in quantized)
+    place.check_quantized(about.name, found.scheme, policy.layers, unquantized)
+    check_signature(about.name, found.traced)
+    images = _random_images(found.traced.inputs[0])
     trial(about.name, style, images, lambda: (copy.deepcopy(model).cpu().eval(), metadata_of(model)))
 
 
@@ -166,7 +184,7 @@ def try_export(network: Network, example: Call, scheme: Scheme, style: str) -> N
         UnsupportedModel: it cannot be exported.
     """
     check_signature(network.name, network.traced)
-    images = _random_images(network.traced)
+    images = _random_images(network.traced.inputs[0])
 
     def provisional() -> tuple[nn.Module, ModelMetadata]:
         model = copy.deepcopy(network.model).cpu().eval()
@@ -217,8 +235,7 @@ def trial(name: str, style: str, images: Tensor, make: Callable[[], tuple[nn.Mod
             ) from error
 
 
-def _random_images(traced: Trace) -> Tensor:
-    size = traced.inputs[0]
+def _random_images(size: tuple[int, ...]) -> Tensor:
     return torch.randn(TRIED_IMAGES, *size, generator=torch.Generator().manual_seed(0))
 
 

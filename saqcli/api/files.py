@@ -13,7 +13,7 @@ from saqcli.api.batches import Inputs, class_scores
 from saqcli.api.info import ModelInfo, Quantization, attach, bits_of, class_of, quantization_of, unwrapped
 from saqcli.api.models import load_model
 from saqcli.api.networks import check_signature, copied, float_network, prepare
-from saqcli.api.targets import EVALUATED, QUANTIZED, find_target, model_file
+from saqcli.api.sources import EVALUATED, QUANTIZED, find_source, model_file
 from saqcli.config import names_own_network
 from saqcli.errors import BuilderError, ConfigError, ExportMismatch, SaqError
 from saqcli.export.exact_form import ExactForm
@@ -168,16 +168,16 @@ def opened(model: nn.Module | str | Path) -> nn.Module:
     """``model`` itself, or the module of a file, run directory or model name."""
     if isinstance(model, nn.Module):
         return model
-    if isinstance(model, Path) or find_target(model, EVALUATED).kind != "model":
+    if isinstance(model, Path) or find_source(model, EVALUATED).kind != "model":
         return load(model)
     return load_model(model)
 
 
 def _file_of(path: Path) -> Path:
     """The safetensors file ``path``, or that of a run directory."""
-    target = find_target(str(path), QUANTIZED, "path")
-    run = target.run
-    return model_file(run) if run else target.path or path
+    source = find_source(str(path), QUANTIZED, "path")
+    run = source.run
+    return model_file(run) if run else source.path or path
 
 
 def metadata_of(model: nn.Module) -> ModelMetadata:
@@ -269,6 +269,7 @@ def _described(
         ready.model,
         ready.example,
         quantize_attention=bool(metadata.products),
+        junctions=metadata.junctions,
         fold_norms=bool(metadata.absorbed),
     )
     found = Quantization(

@@ -20,14 +20,14 @@ from saqcli.quant.calls import Call
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections, correct, correctable
 from saqcli.quant.junctions.places import Place
-from saqcli.quant.junctions.quantized import JUNCTION_BITS
-from saqcli.quant.junctions.sharing import activation_places
+from saqcli.quant.junctions.sharing import Junctions, activation_places
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.network import Network, trace_network
 from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.search_space import Candidates, parse_rules, search_space
 from saqcli.quant.tracer import Trace
 from saqcli.serialization import parse_json, read_text
+from saqcli.target import PAPER, TARGETS, Target
 from saqcli.tasks.classification import unfit
 
 CALIBRATION_SAMPLES = 512  # by default
@@ -56,18 +56,25 @@ def float_network(
     example: Call,
     *,
     quantize_attention: bool = False,
-    junctions: Iterable[str] = (),
-    junction_bits: int = JUNCTION_BITS,
-    count_junctions: bool = False,
+    target: Target | None = None,
+    junctions: Junctions | None = None,
     fold_norms: bool = False,
 ) -> Network:
     """Wrap and trace a float module, in place; layers whose outputs it returns are pinned, like the first one.
+
+    Args:
+        model: of any kind.
+        example: one call of it.
+        quantize_attention: products of two activations are quantized, and counted, too.
+        target: whose kinds of junctions are quantized.
+        junctions: that a file records, in the place of those of ``target``.
+        fold_norms: batch norms are folded into the layers in front of them first.
 
     Raises:
         ConfigError: there is no such kind of junctions.
         UnsupportedModel: it has nothing to quantize, or does not run on ``example``.
     """
-    about = info(model)
+    about, target = info(model), target or TARGETS[PAPER]
     convert.wrap(model)
     return trace_network(
         model,
@@ -76,9 +83,9 @@ def float_network(
         about.classifiers,
         pin_returned=about.build is None,
         quantize_attention=quantize_attention,
-        junctions=junctions,
-        junction_bits=junction_bits,
-        count_junctions=count_junctions,
+        junctions=junctions or target.junctions,
+        junction_bits=target.junction_bits,
+        count_junctions=target.count_junctions,
         fold_norms=fold_norms,
     )
 

@@ -9,6 +9,7 @@ correct             means and variances of batch norms, biases
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,7 @@ def quantize_model(
     error_power: float = 2.0,
     short_steps: int | None = None,
     quantize_attention: bool = False,
-    target: str | Target | None = None,
+    target: str | Path | Target | None = None,
     junctions: Iterable[str] = (),
     balance_norms: bool = False,
     recalibrate_bn: bool = True,
@@ -157,9 +158,7 @@ def quantize_model(
         found = f"{' and '.join(named)} were given" if named else "no bits and no budget were given"
         raise ConfigError(f"{found}: give exactly one of `bits`, `policy` and `budget`")
     accuracy = wanted_accuracy(budget, max_drop, min_top1) if searches else None
-    options, place = search_options(search or {}), deployment_of(target)
-    if junctions and place.junctions:
-        raise ConfigError(f"`junctions` are those of target {place.name}: remove `junctions`, or `target`")
+    options, place = search_options(search or {}), deployment_of(target, junctions)
     scheme = scheme_of(
         quantizer,
         weight_quantizer,
@@ -174,16 +173,13 @@ def quantize_model(
     )
     if export is not None:
         place.check_styles((export,))
-    widths = tuple(sorted(set(candidates)))
     ready = prepare(model, calibration, example, inputs, samples, inplace=inplace)
     modes = {module: module.training for module in ready.model.modules()}
     network = float_network(
         ready.model,
         ready.example,
         quantize_attention=quantize_attention,
-        junctions=place.junctions or junctions,
-        junction_bits=place.junction_bits,
-        count_junctions=place.count_junctions,
+        target=place,
         fold_norms=short_steps is not None,
     )
     try:
@@ -202,13 +198,13 @@ def quantize_model(
                 scheme,
                 accuracy=accuracy,
                 searcher=searcher,
-                candidates=place.candidates(place.candidates(widths, "weights"), "inputs"),
+                candidates=candidates,
+                target=place,
                 pins=pins,
                 seed=seed,
                 progress=progress,
                 **options,
             ).policy
-            place.check_policy(chosen.layers)
         if balance_norms:
             folded = balanced(network.model, ready.calls, chosen, scheme, seed=seed, progress=progress)
             if any(each.folded for each in folded):

@@ -4,12 +4,13 @@ import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from saqcli.api.accuracy import Accuracy, AccuracyBound, keep, middle, wanted_accuracy
-from saqcli.api.arguments import scheme_of, widths_of
+from saqcli.api.arguments import scheme_of, space_for, widths_of
 from saqcli.api.batches import Calls, Inputs, class_scores
 from saqcli.api.budgets import budget_of, priced
 from saqcli.api.networks import CALIBRATION_SAMPLES, copied, corrections_at, float_network, observed, prepare
@@ -17,16 +18,16 @@ from saqcli.config import WIDTHS, TrainingSection
 from saqcli.errors import ConfigError, DataError, UnsupportedModel
 from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
-from saqcli.quant.calibration import InputStatistics
+from saqcli.quant.calibration import ClipInit, InputStatistics
 from saqcli.quant.convert import Scheme
 from saqcli.quant.cost import Budget, Cost
 from saqcli.quant.grid import WeightGrid
 from saqcli.quant.network import Network
 from saqcli.quant.quantizers.base import Granularity
-from saqcli.quant.search_space import parse_rules, search_space
 from saqcli.searchers import SEARCHERS, Searcher, SearchImages, SearchProblem, SearchResult, run
 from saqcli.searchers.problem import NO_IMAGES, Batch
 from saqcli.serialization import parse_object
+from saqcli.target import Target, deployment_of
 from saqcli.training.optimizer import make_optimizer
 
 ONLY_SEARCH = ("options", "activation_candidates", "cost", "lr")  # keywords that quantize_model has not
@@ -72,7 +73,12 @@ def search(
     weight_grid: WeightGrid = "auto",
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
+    clip_init: ClipInit = "error",
+    error_power: float = 2.0,
+    short_steps: int | None = None,
     quantize_attention: bool = False,
+    target: str | Path | Target | None = None,
+    junctions: Iterable[str] = (),
     lr: float = 0.01,
     samples: int = 4096,
     seed: int = 0,
@@ -99,13 +105,18 @@ def search(
         pins: as in ``quantize_model``.
         cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``, or the path of a table of
             costs; the budget is then in its unit, such as ``"1.8ms"``.
-        quantizer: as in ``quantize_model``, like the next five.
+        quantizer: as in ``quantize_model``, like the next eight.
         weight_quantizer: of weights.
         activation_quantizer: of inputs.
         weight_grid: levels of weights.
         granularity: of clipping levels.
         weight_normalization: of the weights of convolutions.
+        clip_init: where levels start.
+        error_power: exponent of the quantization error.
+        short_steps: most significant bits of every step.
         quantize_attention: also quantize and count products of activations.
+        target: where the module will run, as in ``quantize_model``; only widths that it runs are chosen.
+        junctions: kinds of further operators whose operands are quantized, as in ``quantize_model``.
         lr: learning rate of the weights, for searchers that train.
         samples: most samples that are read.
         seed: random seed.
@@ -113,9 +124,11 @@ def search(
 
     Raises:
         InfeasibleBudget: the budget is below the smallest reachable cost; the message names the range.
-        ConfigError: no budget, an unknown name, or options that the searcher does not take.
+        ConfigError: no budget, an unknown name, options that the searcher does not take, or quantizers or candidates
+            that the target does not run.
         DataError: the searcher needs labelled images, and ``data`` has none.
-        UnsupportedModel: nothing to quantize, or the searcher needs class scores and the module returns others.
+        UnsupportedModel: nothing to quantize, the searcher needs class scores and the module returns others, or the
+            target does not run the bits of a pin.
 
     Example:
         >>> import torch, saqcli as saq
@@ -125,13 +138,30 @@ def search(
         >>> str(found.policy.layers["0"]), found.cost.bops <= found.budget.bops
         ('w8a8', True)
     """
+    place = deployment_of(target, junctions)
     scheme = scheme_of(
-        quantizer, weight_quantizer, activation_quantizer, weight_grid, granularity, weight_normalization
+        quantizer,
+        weight_quantizer,
+        activation_quantizer,
+        weight_grid,
+        granularity,
+        weight_normalization,
+        clip_init,
+        error_power,
+        place,
+        short_steps,
     )
     accuracy = wanted_accuracy(budget, max_drop, min_top1)
     ready = prepare(model, data, example, inputs, samples)
-    network = float_network(ready.model, ready.example, quantize_attention=quantize_attention)
-    statistics = observed(network.model, ready.calls.limited(CALIBRATION_SAMPLES), seed, progress)
+    network = float_network(
+        ready.model,
+        ready.example,
+        quantize_attention=quantize_attention,
+        target=place,
+        fold_norms=short_steps is not None,
+    )
+    calls = ready.calls.limited(CALIBRATION_SAMPLES)
+    statistics = observed(network.model, calls, seed, progress, scheme=scheme)
     return find_bits(
         network,
         budget,
@@ -145,6 +175,7 @@ def search(
         activation_candidates=activation_candidates,
         pins=pins,
         cost=cost,
+        target=place,
         lr=lr,
         seed=seed,
         progress=progress,
@@ -165,14 +196,16 @@ def find_bits(
     activation_candidates: Iterable[int] | None = None,
     pins: Mapping[str, str] | None = None,
     cost: str = "bops",
+    target: Target | None = None,
     lr: float = 0.01,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> FoundBits:
     """As ``search``, for a network that is traced and calibrated; its model is not changed."""
-    widths = widths_of(candidates, activation_candidates)
+    target = target or deployment_of(None)
+    widths = widths_of(candidates, activation_candidates, target)
     costs = priced(network.costs, cost)
-    space = search_space(network.name, costs, widths, parse_rules(pins or {}))
+    space = space_for(network.name, costs, widths, pins or {}, target)
     asked = Budget(unit=costs.unit) if budget is None else budget_of(budget, network.name, costs)
     space.check_reachable(asked)
     bound = asked if asked.bounds() else middle(space)

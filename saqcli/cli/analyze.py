@@ -95,16 +95,16 @@ def with_instruments(command: Callable[..., None]) -> Callable[..., None]:
 def analyze_command(
     given: o.Given,
     requested: Collection[str],
-    target: Annotated[
+    source: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET",
+            metavar="SOURCE",
             help="A run directory, a .safetensors file, or a model name with --bits or --policy",
         ),
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="TARGET", help="Second run directory or .safetensors file, to compare with"),
+        typer.Option(metavar="SOURCE", help="Second run directory or .safetensors file, to compare with"),
     ] = None,
     everything: Annotated[
         bool,
@@ -232,15 +232,15 @@ def analyze_command(
     }
     settings = {name: value for name, value in wanted.items() if value is not None}
     request = Request(
-        target=target,
+        source=source,
         selection=ImageSelection(given.data(), split, images, seed),  # type: ignore[arg-type]
         instruments=chosen,
-        out=out or default_out(target, bits, policy),
+        out=out or default_out(source, bits, policy),
         settings=problems.attempt(parse_object, Settings, settings, "options") or Settings(),
         options=problems.attempt(parse_options, assign or []) or {},
         rho=rho,
         against=against,
-        section=given.model(target),
+        section=given.model(source),
         bits=bits,
         policy=policy,
         device=given.get("run.device", "auto"),
@@ -276,9 +276,9 @@ def parse_options(texts: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def default_out(target: str, bits: str | None, policy: Path | None) -> Path:
+def default_out(source: str, bits: str | None, policy: Path | None) -> Path:
     """The default output folder: ``analysis`` inside a run directory; ``analysis/NAME`` for a file or a float model."""
-    path = Path(target).expanduser()
+    path = Path(source).expanduser()
     if path.is_dir():
         return path / "analysis"
     if path.suffix == ".safetensors":

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @o.with_settings(*o.IMAGES, *o.FLOAT_MODEL, "run.device")
 def eval_command(
     given: o.Given,
-    target: Annotated[
+    source: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A model name, a run directory, a .safetensors or an .onnx file"
+            metavar="SOURCE", help="A model name, a run directory, a .safetensors or an .onnx file"
         ),
     ],
     bench: Annotated[
@@ -86,16 +86,16 @@ def eval_command(
         )
     if bench and device not in ("auto", "cpu"):
         problems.add(ConfigError(f"--device {device}: --bench runs on the CPU, remove --device or --bench"))
-    from saqcli.pipelines.evaluate import check_evaluation, evaluate_target
+    from saqcli.pipelines.evaluate import check_evaluation, evaluate_source
 
-    section, images = given.model(target), given.data()
+    section, images = given.model(source), given.data()
     if problems.errors:
         problems.attempt(
-            check_evaluation, target, section, images, device, builder, memory_format, needs_images=not bench
+            check_evaluation, source, section, images, device, builder, memory_format, needs_images=not bench
         )
     problems.check()
-    result = evaluate_target(
-        target,
+    result = evaluate_source(
+        source,
         section,
         images,
         device=device,

@@ -141,7 +141,7 @@ def _flag(name: str, value: str | None, command: Command | None) -> str | None:
     if kind is None:
         return None
     if name == "model.name":
-        places = command is None or command.options & {"model", "target"}
+        places = command is None or command.options & {"model", "source"}
         return (value or "MODEL") if places else None
     if name == "export.styles" and value == "()" and (command is None or "--no-export" in command.options):
         return "--no-export"

@@ -17,13 +17,20 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import typer
 
-from saqcli.config import DEFAULT_RECIPE, DataSection, ModelSection, RunConfig, read_recipe
+from saqcli.config import (
+    DEFAULT_RECIPE,
+    DataSection,
+    ModelSection,
+    QuantizationSection,
+    RunConfig,
+    read_recipe,
+)
 from saqcli.errors import ConfigError, Problems
 from saqcli.option import MODEL, Option
 from saqcli.plugins import outside_names
 from saqcli.serialization import parse_object
 
-Section = TypeVar("Section", ModelSection, DataSection)
+Section = TypeVar("Section", ModelSection, DataSection, QuantizationSection)
 
 Model = Annotated[
     str | None,
@@ -136,6 +143,10 @@ class Given(dict[str, Any]):
     def model(self, name: str) -> ModelSection:
         """The ``model`` section for the network ``name``; errors are added to ``problems``."""
         return self._section(ModelSection, "model", {"name": name})
+
+    def quantization(self) -> QuantizationSection:
+        """The ``quantization`` section; errors are added to ``problems``."""
+        return self._section(QuantizationSection, "quantization", {})
 
     def data(self) -> DataSection:
         """The ``data`` section; errors are added to ``problems``."""

@@ -8,7 +8,6 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli.console import print_json, progress_for, reporting
-from saqcli.config import QuantizationSection
 from saqcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ MEASURE = "Latency on this machine"
 
 @reporting
 @o.with_settings(
-    *("quantization.bits", "quantization.policy", "quantization.candidates"),
+    *("quantization.bits", "quantization.policy", "quantization.candidates", "quantization.target"),
     "quantization.quantize_attention",
     *("model.weights", "model.weights_key"),
     o.adapted(
@@ -31,10 +30,10 @@ MEASURE = "Latency on this machine"
 )
 def profile_command(
     given: o.Given,
-    target: Annotated[
+    source: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET",
+            metavar="SOURCE",
             help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, whose bits are "
             "known",
         ),
@@ -60,7 +59,8 @@ def profile_command(
         str | None,
         typer.Option(
             metavar="w8a8,w4a8",
-            help="Widths that --measure exports besides floating point [default: w8a8,w4a8,w4a4]",
+            help="Widths that --measure exports besides floating point [default: those of w8a8, w4a8 and w4a4 that "
+            "the target runs]",
             rich_help_panel=MEASURE,
         ),
     ] = None,
@@ -68,7 +68,7 @@ def profile_command(
         str | None,
         typer.Option(
             metavar="STYLE",
-            help="Style of the files that --measure runs [default: qdq]",
+            help="Style of the files that --measure runs [default: the first that the target reads, else qdq]",
             rich_help_panel=MEASURE,
         ),
     ] = None,
@@ -94,32 +94,19 @@ def profile_command(
 
     Example: `saq profile runs/resnet18-34g`
 
-    Example: `saq profile resnet18 --measure --out cpu.json`
+    Example: `saq profile resnet18 --measure --target ort-cpu --out cpu.json`
     """
     from saqcli.pipelines.profile import check_profile, profile, profile_latency
 
     settings = given.problems.attempt(_latency_settings, measure, out, widths, style, threads, repeats)
 
-    section, bits, policy = (
-        given.model(target),
-        given.get("quantization.bits"),
-        given.path("quantization.policy"),
-    )
-    attention = given.get("quantization.quantize_attention", False)
+    section, quantization = given.model(source), given.quantization()
     if given.problems.errors:
-        given.problems.attempt(check_profile, section, bits, policy, attention, builder)
+        given.problems.attempt(check_profile, section, quantization, builder)
     given.problems.check()
     progress = progress_for(json_output=json_output, quiet=quiet)
     if settings is not None:
-        latency = profile_latency(
-            section,
-            settings,
-            bits=bits,
-            policy=policy,
-            progress=progress,
-            quantize_attention=attention,
-            builder=builder,
-        )
+        latency = profile_latency(section, quantization, settings, progress=progress, builder=builder)
         if out is not None:
             latency.write(out)
         if json_output:
@@ -131,11 +118,8 @@ def profile_command(
         return
     result = profile(
         section,
-        bits=bits,
-        policy=policy,
-        candidates=given.get("quantization.candidates", QuantizationSection().candidates),
+        quantization,
         progress=progress,
-        quantize_attention=attention,
         pretrained=section.pretrained if "model.pretrained" in given else False,
         builder=builder,
     ).to_dict()

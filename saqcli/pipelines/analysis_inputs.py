@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.analysis import AnalysisInput
-from saqcli.api.targets import ANALYZED, find_target, named_builder, named_file
+from saqcli.api.sources import ANALYZED, find_source, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig, resolve
 from saqcli.data.loaders import calibration_loader, read_all
 from saqcli.data.splits import workers_of
@@ -66,7 +66,7 @@ class OpenedModel:
     """A model opened for analysis.
 
     Attributes:
-        target: as given.
+        source: as given.
         metadata: the model's metadata.
         subject: model, images and layers for the instruments.
         sha256: hash of all tensors of the model.
@@ -74,7 +74,7 @@ class OpenedModel:
         score: loss and accuracy of the model on these images.
     """
 
-    target: str
+    source: str
     metadata: ModelMetadata
     subject: AnalysisInput
     sha256: str
@@ -87,26 +87,26 @@ class OpenedModel:
         return max(Preprocessing.from_dict(self.metadata.preprocessing).input_size[1:])
 
 
-def check_target(
-    target: str,
+def check_source(
+    source: str,
     section: ModelSection,
     bits: str | None,
     policy: Path | None,
     builder: str | None = None,
 ) -> None:
-    """Check the target of an analysis before anything is loaded.
+    """Check the source of an analysis before anything is loaded.
 
     Raises:
-        SaqError: unknown target, a run without a model, an ONNX file, a quantized model with bits, a float model
+        SaqError: unknown source, a run without a model, an ONNX file, a quantized model with bits, a float model
             without bits, or bits out of range.
     """
     problems, given = Problems(), bits is not None or policy is not None
-    found = problems.attempt(find_target, target, ANALYZED)
+    found = problems.attempt(find_source, source, ANALYZED)
     problems.attempt(named_builder, found, builder)
     if found is not None and found.kind != "model":
         if given:
             problems.add(
-                ConfigError(f"{target} is quantized already and has its own bits: remove `bits` and `policy`")
+                ConfigError(f"{source} is quantized already and has its own bits: remove `bits` and `policy`")
             )
         problems.attempt(named_file, found, section)
     elif given:
@@ -120,7 +120,7 @@ def check_target(
     elif found is not None:
         problems.add(
             ConfigError(
-                f"{target} is a float model: give `bits=4` or `policy=FILE` to calibrate it, or a run directory or "
+                f"{source} is a float model: give `bits=4` or `policy=FILE` to calibrate it, or a run directory or "
                 ".safetensors file"
             )
         )
@@ -128,7 +128,7 @@ def check_target(
 
 
 def open_input(
-    target: str,
+    source: str,
     section: ModelSection,
     bits: str | None,
     policy: Path | None,
@@ -137,10 +137,10 @@ def open_input(
     progress: Progress,
     builder: str | None = None,
 ) -> OpenedModel:
-    """Open the model ``target`` and its images.
+    """Open the model ``source`` and its images.
 
     Args:
-        target: a run directory, a ``.safetensors`` file, or the name of a float model.
+        source: a run directory, a ``.safetensors`` file, or the name of a float model.
         section: further options of a float model.
         bits: bits of a float model.
         policy: policy of a float model.
@@ -150,9 +150,9 @@ def open_input(
         builder: name of the user's own network that a run or file was made from.
 
     Raises:
-        SaqError: unknown or damaged target, or images that do not match it.
+        SaqError: unknown or damaged source, or images that do not match it.
     """
-    found, latent = find_target(target, ANALYZED), True
+    found, latent = find_source(source, ANALYZED), True
     path, own = named_file(found, section), named_builder(found, builder)
     if path is not None:
         run = found.run
@@ -162,13 +162,13 @@ def open_input(
     else:
         model, metadata = _calibrated(section, bits, policy, selection, device, progress)
     model = model.to(device).eval()
-    batches = _images(metadata, selection, target, device, progress)
+    batches = _images(metadata, selection, source, device, progress)
     layers = quantized_layers(model)
     ordered = {name: layers[name] for name in metadata.policy.layers}
     subject = AnalysisInput(model, ordered, batches, metadata.scheme, latent)
     score = subject.score()
-    check_score(score.loss, score.images, target)
-    return OpenedModel(target, metadata, subject, _hash_model(model), _hash_images(batches), score)
+    check_score(score.loss, score.images, source)
+    return OpenedModel(source, metadata, subject, _hash_model(model), _hash_images(batches), score)
 
 
 def _calibrated(
@@ -217,11 +217,11 @@ def _with_latent_weights(
 
 
 def _images(
-    metadata: ModelMetadata, selection: ImageSelection, target: str, device: torch.device, progress: Progress
+    metadata: ModelMetadata, selection: ImageSelection, source: str, device: torch.device, progress: Progress
 ) -> list[tuple[Tensor, Tensor]]:
     """The selected images, preprocessed for the model and held in memory."""
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
-    split = open_trained(selection.data, selection.split, metadata, target, progress)
+    split = open_trained(selection.data, selection.split, metadata, source, progress)
     loader = calibration_loader(
         split,
         preprocessing,

@@ -24,10 +24,10 @@ from pydantic import BaseModel, ConfigDict
 
 from saqcli._version import __version__
 from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings, measure
-from saqcli.api.targets import QUANTIZED, find_target, named_file
+from saqcli.api.sources import QUANTIZED, find_source, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
-from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_target, images_of, open_input
+from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_source, images_of, open_input
 from saqcli.pipelines.checks import check_device, check_images
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
@@ -110,7 +110,7 @@ class AnalysisFile(BaseModel):
 def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectMetadata:
     """The metadata that every file about ``opened`` contains."""
     return SubjectMetadata(
-        target=opened.target,
+        target=opened.source,
         model=opened.metadata.policy.model,
         sha256=opened.sha256,
         latent_weights=opened.subject.latent,
@@ -228,7 +228,7 @@ class Request:
     """The arguments of ``saq analyze``.
 
     Attributes:
-        target: run directory, ``.safetensors`` file or model name.
+        source: run directory, ``.safetensors`` file or model name.
         selection: the images.
         instruments: names in ``INSTRUMENTS``.
         out: folder of the results.
@@ -245,7 +245,7 @@ class Request:
         builder: name of the user's own network that runs or files were made from.
     """
 
-    target: str
+    source: str
     selection: ImageSelection
     instruments: tuple[str, ...]
     out: Path
@@ -264,7 +264,7 @@ class Request:
     @property
     def named(self) -> ModelSection:
         """The model's name and its options."""
-        return self.section or ModelSection(name=self.target)
+        return self.section or ModelSection(name=self.source)
 
     @property
     def folders(self) -> list[Path]:
@@ -328,7 +328,7 @@ def analyze(request: Request, progress: Progress = SILENT) -> Analysis:
     check_request(request)
     _check_free(request)
     device = pick_device(request.device)
-    wanted = [(request.target, request.named, request.bits, request.policy)]
+    wanted = [(request.source, request.named, request.bits, request.policy)]
     if request.against is not None:
         wanted.append((request.against, ModelSection(name=request.against), None, None))
     opened = [open_input(*one, request.selection, device, progress, request.builder) for one in wanted]
@@ -400,7 +400,7 @@ def check_request(request: Request) -> None:
     for name, options in request.options.items():
         problems.attempt(_check_options, request, name, options)
     problems.attempt(
-        check_target, request.target, request.named, request.bits, request.policy, request.builder
+        check_source, request.source, request.named, request.bits, request.policy, request.builder
     )
     if request.against is not None:
         problems.attempt(_check_against, request.against)
@@ -430,7 +430,7 @@ def _check_options(request: Request, name: str, options: Mapping[str, Any]) -> N
 
 
 def _check_against(against: str) -> None:
-    named_file(find_target(against, QUANTIZED, "`against`"), ModelSection(name=against))
+    named_file(find_source(against, QUANTIZED, "`against`"), ModelSection(name=against))
 
 
 def _check_free(request: Request) -> None:
@@ -473,12 +473,12 @@ def _measure_all(
             readings[name] = _measure_resumable(name, opened, folder, session)
         else:
             readings[name] = measure(name, opened.subject, folder.settings_of(name), session)
-        _check_finite(name, readings[name], opened.target)
+        _check_finite(name, readings[name], opened.source)
         folder.save(name, readings[name])
     return readings
 
 
-def _check_finite(name: str, reading: Reading, target: str) -> None:
+def _check_finite(name: str, reading: Reading, source: str) -> None:
     """Check that a reading can be stored as JSON; figures that may be NaN or infinite are None in it.
 
     Raises:
@@ -495,7 +495,7 @@ def _check_finite(name: str, reading: Reading, target: str) -> None:
     found = [key for key, value in reading.to_dict().items() if broken(value)]
     if found:
         raise ConfigError(
-            f"{name} of {target}: {', '.join(found)} NaN or infinite on these images; "
+            f"{name} of {source}: {', '.join(found)} NaN or infinite on these images; "
             f"check its weights, or choose other instruments than {name}"
         )
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saqcli._version import __version__
-from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
+from saqcli.api.sources import EVALUATED, find_source, named_builder, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, RunDirectoryError, UnsupportedModel
 from saqcli.export import STYLES, ModelMetadata
@@ -169,21 +169,21 @@ class Lineup:
 
 
 def open_lineup(
-    target: str, section: ModelSection, folder: Path, progress: Progress, builder: str | None = None
+    source: str, section: ModelSection, folder: Path, progress: Progress, builder: str | None = None
 ) -> Lineup:
-    """Everything that can be measured for ``target``.
+    """Everything that can be measured for ``source``.
 
     Args:
-        target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
+        source: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
         folder: folder for temporary exports.
         progress: receives notes.
         builder: name of the user's own network that a run or file was made from.
 
     Raises:
-        SaqError: unknown or damaged target.
+        SaqError: unknown or damaged source.
     """
-    found = find_target(target, EVALUATED)
+    found = find_source(source, EVALUATED)
     path, own = named_file(found, section), named_builder(found, builder)
     if path is None:
         return _of_name(section, folder, progress)
@@ -385,28 +385,28 @@ class Bench:
         }
 
 
-def bench_target(
-    target: str,
+def bench_source(
+    source: str,
     section: ModelSection,
     settings: BenchSettings,
     progress: Progress,
     builder: str | None = None,
 ) -> Bench:
-    """Measure everything available for ``target``.
+    """Measure everything available for ``source``.
 
     Args:
-        target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
+        source: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
         settings: batch sizes, threads and repeats.
         progress: reports every round.
         builder: name of the user's own network that a run or file was made from.
 
     Raises:
-        SaqError: the target cannot be used, or does not accept the requested batch sizes.
+        SaqError: the source cannot be used, or does not accept the requested batch sizes.
     """
     settings.check()
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
-        lineup = open_lineup(target, section, Path(folder), progress, builder)
+        lineup = open_lineup(source, section, Path(folder), progress, builder)
         _check_batches(lineup, settings.batch_sizes)
         return measure(lineup, settings, progress)
 

@@ -1,28 +1,30 @@
 """Given bits, a given policy, or a budget with its searcher and search space."""
 
 import copy
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, cost_unit, is_table, priced
+from saqcli.api.arguments import space_for, widths_of
+from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, cost_unit, priced
 from saqcli.api.networks import in_order, uniform_policy
 from saqcli.api.searching import searcher_with
-from saqcli.api.targets import policy_file
-from saqcli.config import QuantizationSection, RunConfig
+from saqcli.api.sources import policy_file
+from saqcli.config import QuantizationSection, RunConfig, names_table
 from saqcli.errors import ConfigError, Problems
 from saqcli.export.model_metadata import ModelMetadata
 from saqcli.pipelines.setup import Network
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.convert import Scheme, unwrap, wrap
-from saqcli.quant.cost import Budget, CostModel
-from saqcli.quant.search_space import Candidates, SearchSpace, parse_rule, parse_rules, search_space
+from saqcli.quant.cost import UNITS, Budget, CostModel
+from saqcli.quant.search_space import SearchSpace, parse_rule
 from saqcli.quant.tracer import trace
+from saqcli.runs.directory import RunDirectory
 from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
-from saqcli.target import TARGETS, find_deployment
+from saqcli.target import PAPER, TARGETS, Target, find_deployment, target_of
 from saqcli.units import SETTINGS, Quantity, parse_cost, parse_quantity
 
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
@@ -45,14 +47,15 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
     Raises:
         SaqError: all problems in one message.
     """
-    problems = Problems()
+    problems, table = Problems(), section.contents.get("cost")
     if section.bits is not None:
         problems.attempt(parse_bits, section.bits)
     for text, quantity in BUDGETS:
-        if quantity != "bops" or not is_table(section.cost):
+        if quantity != "bops" or not names_table(section.cost):
             problems.attempt(_check_budget, getattr(section, text), quantity)
-    unit = problems.attempt(cost_unit, section.cost) if files or not is_table(section.cost) else None
-    if unit is not None and is_table(section.cost) and section.bops is not None:
+    known = files or table is not None or not names_table(section.cost)
+    unit = problems.attempt(cost_unit, section.cost, table) if known else None
+    if unit is not None and names_table(section.cost) and section.bops is not None:
         problems.attempt(_check_budget, section.bops, "bops", unit)
     for pattern, text in section.pins.items():
         problems.attempt(parse_rule, text, pattern)
@@ -135,20 +138,13 @@ def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
         ConfigError: pins that match no layer, or leave a layer without options.
         UnsupportedModel: the target cannot run bits of a layer that a pin allows.
     """
-    target, tied = find_deployment(section.target), section.activation_candidates is None
-    widths = tuple(sorted(set(section.candidates)))
-    weights = target.candidates(widths, "weights")
-    inputs = target.candidates(
-        tuple(sorted(set(section.activation_candidates or section.candidates))), "inputs"
+    return space_for(
+        network.name,
+        costs_of(section, network),
+        widths_of(section.candidates, section.activation_candidates, target_of(section)),
+        section.pins,
+        target_of(section),
     )
-    # a target with other widths of inputs than of weights unties them
-    candidates = Candidates(weights, None if tied and weights == inputs else inputs)
-    space = search_space(network.name, costs_of(section, network), candidates, parse_rules(section.pins))
-    target.check_policy(space.fixed)
-    for decision in space.decisions:
-        for option in decision.options:
-            target.check_policy(dict.fromkeys((layer.name for layer in decision.members), option))
-    return space
 
 
 def costs_of(section: QuantizationSection, network: Network) -> CostModel:
@@ -157,7 +153,32 @@ def costs_of(section: QuantizationSection, network: Network) -> CostModel:
     Raises:
         ConfigError: there is no such cost model.
     """
-    return priced(network.costs, section.cost)
+    return priced(network.costs, section.cost, section.contents.get("cost"))
+
+
+def figures_of(
+    section: QuantizationSection,
+    network: Network,
+    policy: BitConfig,
+    space: SearchSpace | None,
+    budget: Budget,
+) -> dict[str, Any]:
+    """What ``policy`` costs, the budget and what is reachable, where another cost model than bit-operations counts."""
+    costs = costs_of(section, network)
+    if costs.unit == UNITS[0]:
+        return {}
+    return {
+        "cost": costs.cost(policy).bops,
+        "cost_unit": costs.unit,
+        "budget_cost": budget.bops,
+        "floor_cost": None if space is None else space.floor.bops,
+        "ceiling_cost": None if space is None else space.ceiling.bops,
+    }
+
+
+def keeps_scores(section: QuantizationSection) -> bool:
+    """Whether the search of these settings can be solved for another budget from what it keeps."""
+    return SEARCHERS.find(section.searcher).keeps_scores
 
 
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
@@ -245,24 +266,23 @@ def given_policy(section: QuantizationSection, network: Network) -> BitConfig | 
     elif section.bits is not None:
         policy = uniform_policy(network, parse_bits(section.bits), section.pins)
     if policy is not None:
-        find_deployment(section.target).check_policy(policy.layers)
+        target_of(section).check_policy(policy.layers)
     return policy
 
 
-def scheme_of(config: RunConfig) -> Scheme:
-    """The quantizers of the configuration."""
-    wanted = config.quantization
+def scheme_of(section: QuantizationSection) -> Scheme:
+    """The quantizers of the settings."""
     return Scheme(
-        quantizer=wanted.quantizer,
-        weight_grid=wanted.weight_grid,
-        granularity=wanted.granularity,
-        weight_normalization=wanted.weight_normalization,
-        clip_init=wanted.clip_init,
-        weight_quantizer=wanted.weight_quantizer,
-        activation_quantizer=wanted.activation_quantizer,
-        error_power=wanted.error_power,
-        short_steps=wanted.short_steps,
-        target=find_deployment(wanted.target).name,
+        quantizer=section.quantizer,
+        weight_grid=section.weight_grid,
+        granularity=section.granularity,
+        weight_normalization=section.weight_normalization,
+        clip_init=section.clip_init,
+        weight_quantizer=section.weight_quantizer,
+        activation_quantizer=section.activation_quantizer,
+        error_power=section.error_power,
+        short_steps=section.short_steps,
+        target=target_of(section).name,
     )
 
 
@@ -272,7 +292,7 @@ def check_scheme(config: RunConfig) -> None:
     Raises:
         SaqError: all problems in one message.
     """
-    target, scheme, problems = find_deployment(config.quantization.target), scheme_of(config), Problems()
+    target, scheme, problems = target_of(config.quantization), scheme_of(config.quantization), Problems()
     problems.attempt(scheme.check)
     problems.attempt(target.check_scheme, scheme)
     problems.attempt(target.check_styles, config.export.styles)
@@ -297,7 +317,28 @@ def kinds_in(model: nn.Module, metadata: ModelMetadata) -> frozenset[str]:
     return frozenset(junction.kind for junction in found.junctions)
 
 
-def style_for(metadata: ModelMetadata, model: nn.Module, style: str | None, target: str | None) -> str:
+def own_target(metadata: ModelMetadata, run: RunDirectory | None) -> Target | None:
+    """The target that a model was quantized for; None if it was a file's, whose content is not known.
+
+    Args:
+        metadata: of the model, which has the name only.
+        run: the run that it lies in, which has the content, if there is one.
+    """
+    name = metadata.scheme.target
+    if run is not None and name != PAPER:
+        settings = run.config().quantization
+        if "target" in settings.contents:
+            return target_of(settings)
+    return TARGETS.get(name)
+
+
+def style_for(
+    metadata: ModelMetadata,
+    model: nn.Module,
+    style: str | None,
+    target: str | None,
+    run: RunDirectory | None = None,
+) -> str:
     """The style that a model is written in for its target.
 
     Args:
@@ -305,23 +346,22 @@ def style_for(metadata: ModelMetadata, model: nn.Module, style: str | None, targ
         model: quantized; not changed.
         style: as the user gives it, or None.
         target: name or file of the target; None for that of the model.
+        run: the run that it lies in, if there is one.
 
     Raises:
         ConfigError: the target does not read the style.
         UnsupportedModel: the target cannot run the model; the message names the reason.
     """
-    name = metadata.scheme.target if target is None else target
-    if target is None and name not in TARGETS:  # from the user's own file, whose content files do not repeat
+    deployment = own_target(metadata, run) if target is None else find_deployment(target)
+    if deployment is None:
         return style or "qdq"
-    deployment = find_deployment(name)
     if style is not None:
         deployment.check_styles((style,))
     if target is not None:
-        deployment.check_scheme(metadata.scheme)
-        deployment.check_policy(metadata.policy.layers)
         operators = metadata.junctions.operators.values() if metadata.junctions else ()
-        quantized = {each.kind for each in operators}
-        deployment.check_junctions(metadata.policy.model, kinds_in(model, metadata) - quantized)
+        unquantized = kinds_in(model, metadata) - {each.kind for each in operators}
+        policy = metadata.policy
+        deployment.check_quantized(policy.model, metadata.scheme, policy.layers, unquantized)
     return style or (deployment.styles or ("qdq",))[0]
 
 

@@ -42,7 +42,7 @@ def calibrate(
             config.run.seed,
             progress,
             len(loader),
-            scheme=scheme_of(config),
+            scheme=scheme_of(config.quantization),
         )
     )
 
@@ -55,7 +55,7 @@ def _folded(
         model,
         calls_of(images.calibration()),
         policy,
-        scheme_of(config),
+        scheme_of(config.quantization),
         seed=config.run.seed,
         progress=progress,
     )
@@ -124,7 +124,7 @@ def install_quantizers(
 ) -> nn.Module:
     """Install and fit the quantizers of every layer at the policy's bits, then apply the corrections."""
     example = random_image(network.loaded.preprocessing.input_size, device_of(network.model))
-    install(network, example, scheme_of(config), policy, statistics)
+    install(network, example, scheme_of(config.quantization), policy, statistics)
     CalibrationCorrection(config, network.model, images, progress)()
     return network.model
 
@@ -141,7 +141,7 @@ def provisional_model(
     if policy is None:
         space = space_of(config.quantization, network)
         policy = space.config([-1 if most_bits else 0] * len(space.decisions))
-    scheme = scheme_of(config)
+    scheme = scheme_of(config.quantization)
     if scheme.has_published_levels:
         scheme = scheme.model_copy(update={"clip_init": "paper"})  # quicker
     model = install(copied, Call((images,)), scheme, policy, observe(copied.model, [images]))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from saqcli.api.targets import check_not_run
+from saqcli.api.sources import check_not_run
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import check_split_exists
 from saqcli.data.splits import data_path

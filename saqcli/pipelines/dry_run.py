@@ -14,7 +14,7 @@ from saqcli.config import ModelSection, RunConfig, names_own_network
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
 from saqcli.models.load import LoadedModel, default_classes, published_weights
-from saqcli.pipelines.bits import accuracy_bound, budget_of, given_policy, space_of
+from saqcli.pipelines.bits import accuracy_bound, budget_of, figures_of, given_policy, keeps_scores, space_of
 from saqcli.pipelines.calibration import check_exports
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import onnx_names
@@ -113,6 +113,7 @@ def plan(
         "decisions": len(space.decisions) if space is not None else 0,
         "budget_bops": budget.bit_operations,
         "budget_bytes": budget.size,
+        **figures_of(section, network, policy, space, budget),
         **(
             {}
             if bound is None or space is None
@@ -210,4 +211,6 @@ def _written(config: RunConfig, verb: str, *, searches: bool) -> list[str]:
         names = onnx_names(config.export.styles).values()
         written += [f"artifacts/{name}{ending}" for name in names for ending in (".onnx", ".verdict.json")]
         written += SEARCHED if searches else ()
+    if searches and keeps_scores(config.quantization):
+        written.append("scores.json")
     return [*written, *(FRONT if searches and config.search.pareto else ())]

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from saqcli import distributed
-from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
+from saqcli.api.sources import EVALUATED, find_source, named_builder, named_file
 from saqcli.config import DataSection, ModelSection
 from saqcli.data.batches import Loader
 from saqcli.data.splits import open_named, validation_loader
 from saqcli.errors import ConfigError, Problems
-from saqcli.pipelines.bench import Bench, BenchSettings, bench_target
+from saqcli.pipelines.bench import Bench, BenchSettings, bench_source
 from saqcli.pipelines.checks import check_builds, check_device, check_images, check_model
-from saqcli.pipelines.predictors import Predictor, check_memory_format, open_target, with_memory_format
+from saqcli.pipelines.predictors import Predictor, check_memory_format, open_source, with_memory_format
 from saqcli.pipelines.setup import with_trained_rotation
 from saqcli.process_group import process_group, started_by_torchrun
 from saqcli.progress import SILENT, Progress
@@ -27,7 +27,7 @@ class Evaluation:
     """The result of ``saq eval``.
 
     Attributes:
-        target: the evaluated target.
+        source: the evaluated source.
         score: accuracy and loss; None for a benchmark without images.
         images_per_second: throughput, including reading the images.
         memory_format: of the convolutions, which the last bits of the loss depend on; None in ONNX Runtime.
@@ -35,7 +35,7 @@ class Evaluation:
         class_order: how folders were mapped to classes, see ``Numbering``; None without images.
     """
 
-    target: str
+    source: str
     score: Score | None
     images_per_second: float | None = None
     memory_format: str | None = None
@@ -46,7 +46,7 @@ class Evaluation:
         """Plain values, as in JSON; accuracies in percent."""
         score = self.score
         return {
-            "target": self.target,
+            "target": self.source,
             "top1": score and score.top1,
             "top5": score and score.top5,
             "loss": score and score.loss,
@@ -59,8 +59,8 @@ class Evaluation:
         }
 
 
-def evaluate_target(
-    target: str,
+def evaluate_source(
+    source: str,
     section: ModelSection,
     data: DataSection,
     *,
@@ -73,7 +73,7 @@ def evaluate_target(
     """Accuracy, speed, or both, of a model name, a run directory, a safetensors or an ONNX file.
 
     Args:
-        target: the target.
+        source: the source.
         section: further options of a model name.
         data: images; optional with ``bench``.
         device: device for the accuracy; the benchmark always runs on the CPU.
@@ -83,26 +83,26 @@ def evaluate_target(
         memory_format: for the accuracy, see ``with_memory_format``.
 
     Raises:
-        SaqError: the target or the data cannot be used.
+        SaqError: the source or the data cannot be used.
     """
     if bench is None:
-        return _accuracy(target, section, data, device, progress, builder, memory_format)
+        return _accuracy(source, section, data, device, progress, builder, memory_format)
     if started_by_torchrun():
         raise ConfigError("`bench` runs in one process: start it without torchrun")
     problems = Problems()
     problems.attempt(bench.check)
     problems.attempt(
-        check_evaluation, target, section, data, device, builder, memory_format, needs_images=False
+        check_evaluation, source, section, data, device, builder, memory_format, needs_images=False
     )
     problems.check()
     if data.path is None:
-        return Evaluation(target, None, bench=bench_target(target, section, bench, progress, builder))
-    found = _accuracy(target, section, data, device, progress, builder, memory_format)
-    return replace(found, bench=bench_target(target, section, bench, progress, builder))
+        return Evaluation(source, None, bench=bench_source(source, section, bench, progress, builder))
+    found = _accuracy(source, section, data, device, progress, builder, memory_format)
+    return replace(found, bench=bench_source(source, section, bench, progress, builder))
 
 
 def _accuracy(
-    target: str,
+    source: str,
     section: ModelSection,
     data: DataSection,
     device: str,
@@ -111,14 +111,14 @@ def _accuracy(
     memory_format: str,
 ) -> Evaluation:
     with process_group(
-        device, lambda: check_evaluation(target, section, data, device, builder, memory_format)
+        device, lambda: check_evaluation(source, section, data, device, builder, memory_format)
     ) as place:
         shown = progress if distributed.first() else SILENT
-        return _on(place, target, section, data, shown, builder, memory_format)
+        return _on(place, source, section, data, shown, builder, memory_format)
 
 
 def check_evaluation(
-    target: str,
+    source: str,
     section: ModelSection,
     data: DataSection,
     device: str,
@@ -133,13 +133,13 @@ def check_evaluation(
         SaqError: all problems in one message.
     """
     problems = Problems()
-    found = problems.attempt(find_target, target, EVALUATED)
+    found = problems.attempt(find_source, source, EVALUATED)
     if found is not None and found.kind == "model":
         problems.attempt(check_model, section)
     elif found is not None:
         problems.attempt(named_file, found, section)
     problems.attempt(named_builder, found, builder)
-    problems.attempt(check_memory_format, memory_format, target)
+    problems.attempt(check_memory_format, memory_format, source)
     if needs_images or data.path is not None:
         problems.attempt(check_images, data, "val")
     elif memory_format != "auto":
@@ -159,7 +159,7 @@ def _refuse_memory_format(memory_format: str) -> None:
 
 def _on(
     device: torch.device,
-    target: str,
+    source: str,
     section: ModelSection,
     data: DataSection,
     progress: Progress,
@@ -168,7 +168,7 @@ def _on(
 ) -> Evaluation:
     """The evaluation on every rank's device, with its share of the images."""
     predictor, loader, order = distributed.together(
-        lambda: _opened(device, target, section, data, progress, builder, memory_format)
+        lambda: _opened(device, source, section, data, progress, builder, memory_format)
     )
     start = time.perf_counter()
     found = score(predictor.predict, loader, "evaluating", predictor.device, progress, predictor.name)
@@ -178,7 +178,7 @@ def _on(
 
 def _opened(
     device: torch.device,
-    target: str,
+    source: str,
     section: ModelSection,
     data: DataSection,
     progress: Progress,
@@ -186,7 +186,7 @@ def _opened(
     memory_format: str,
 ) -> tuple[Predictor, Loader, str]:
     """The predictor, its images, and how their folders were mapped to classes."""
-    opened = open_target(target, section, device, progress, builder)
+    opened = open_source(source, section, device, progress, builder)
     predictor = with_memory_format(opened, memory_format, progress)
     if predictor.metadata is not None:
         data = with_trained_rotation(data, predictor.metadata, progress)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saqcli.api.targets import QUANTIZED, find_target, named_builder, named_file
+from saqcli.api.sources import QUANTIZED, find_source, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.splits import validation_loader
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
@@ -87,7 +87,7 @@ def export(
     """
     weights = check_export(source, path, style, data, runtimes, target)
     stopped = RunDirectory.open(source) if weights is None else None
-    own = named_builder(find_target(str(source), QUANTIZED), builder)
+    own = named_builder(find_source(str(source), QUANTIZED), builder)
     for taken in (path, verdict_path(path)):
         if taken.exists() and not overwrite:
             raise ConfigError(
@@ -101,7 +101,7 @@ def export(
         assert weights is not None
         model, metadata = restore(weights, own)
         size = (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
-    style = style_for(metadata, model, style, target)
+    style = style_for(metadata, model, style, target, run)
     preprocessing = Preprocessing.from_dict(metadata.preprocessing)
     about: dict[str, Any] = {"true_size": size}
     if data.path is None:
@@ -133,7 +133,7 @@ def check_export(
         SaqError: all problems in one message.
     """
     problems = Problems()
-    found = problems.attempt(find_target, str(source), QUANTIZED, "RUN")
+    found = problems.attempt(find_source, str(source), QUANTIZED, "RUN")
     stopped = found is not None and found.run is not None and is_stopped(found.run)
     file = None
     if found is not None and not stopped:

@@ -207,7 +207,7 @@ def bind_search(
         model=copy.deepcopy(search_network.model),
         space=request.space,
         budget=request.budget,
-        scheme=scheme_of(config),
+        scheme=scheme_of(config.quantization),
         statistics=statistics,
         images=request.parts,
         optimizer=lambda model: make_optimizer(model, training),

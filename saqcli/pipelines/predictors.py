@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from saqcli.api.targets import EVALUATED, find_target, named_builder, named_file
+from saqcli.api.sources import EVALUATED, find_source, named_builder, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import ConfigError, CorruptArtifact, SaqError, UnsupportedModel, first_line, out_of_memory
 from saqcli.export.model_metadata import ModelMetadata, read_onnx_metadata
@@ -55,26 +55,26 @@ class Predictor:
     memory_format: Literal["contiguous", "channels_last"] | None = "contiguous"
 
 
-def open_target(
-    target: str,
+def open_source(
+    source: str,
     section: ModelSection,
     device: torch.device,
     progress: Progress,
     builder: str | None = None,
 ) -> Predictor:
-    """The predictor of ``target``.
+    """The predictor of ``source``.
 
     Args:
-        target: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
+        source: a run directory, a ``.safetensors`` or ``.onnx`` file, or a model name.
         section: further options of a model name.
         device: device of PyTorch models; ONNX files run on the CPU.
         progress: receives notes.
         builder: name of the user's own network that a run or file was made from.
 
     Raises:
-        SaqError: unknown or damaged target.
+        SaqError: unknown or damaged source.
     """
-    found = find_target(target, EVALUATED)
+    found = find_source(source, EVALUATED)
     path, own = named_file(found, section), named_builder(found, builder)
     if path is not None:
         predictor = open_onnx(path) if path.suffix == ".onnx" else open_safetensors(path, device, own)
@@ -124,7 +124,7 @@ def open_onnx(path: Path, *, optimized: bool = True) -> Predictor:
     return replace(found, memory_format=None)
 
 
-def check_memory_format(requested: str, target: str) -> None:
+def check_memory_format(requested: str, source: str) -> None:
     """Check a memory format before anything is loaded.
 
     Raises:
@@ -134,9 +134,9 @@ def check_memory_format(requested: str, target: str) -> None:
         raise ConfigError(
             f"`memory_format={requested}`: there is no such memory format, use {', '.join(MEMORY_FORMATS)}"
         )
-    if requested != "auto" and Path(target).suffix == ".onnx":
+    if requested != "auto" and Path(source).suffix == ".onnx":
         raise ConfigError(
-            f"`memory_format={requested}` applies to PyTorch, and {target} runs in ONNX Runtime: remove it"
+            f"`memory_format={requested}` applies to PyTorch, and {source} runs in ONNX Runtime: remove it"
         )
 
 

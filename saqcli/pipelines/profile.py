@@ -1,143 +1,193 @@
 """``saq profile``: costs of a network at given bits, layer by layer."""
 
-from pathlib import Path
+from dataclasses import dataclass
 
-from saqcli.api.costs import Profile, measure, space_of_candidates
+from saqcli.api.arguments import widths_of
+from saqcli.api.costs import Profile, measure
 from saqcli.api.networks import float_policy, in_order
-from saqcli.api.targets import EVALUATED, Target, check_no_model_options, find_target, named_builder
+from saqcli.api.sources import EVALUATED, Source, check_no_model_options, find_source, named_builder
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export.restore import open_from_metadata
 from saqcli.models.own import OwnNetwork, check_named
-from saqcli.pipelines.bits import check_bits, read_policy
+from saqcli.pipelines.bits import check_bits, given_policy, own_target, read_policy, scheme_of
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.latency.measure import Latency, LatencySettings, measure_latency
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import Progress
-from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.bits import BitConfig
+from saqcli.quant.convert import Scheme
+from saqcli.quant.search_space import search_space
 from saqcli.runs.directory import RunDirectory
+from saqcli.serialization import parse_object
+from saqcli.target import PAPER, TARGETS, Target, target_of
+
+OWN = {  # settings that a run or a model file has of its own
+    "bits": "bits",
+    "policy": "bits",
+    "target": "target",
+    "quantize_attention": "attention",
+}
 
 
 def check_profile(
-    section: ModelSection,
-    bits: str | None,
-    policy: Path | None,
-    quantize_attention: bool,
-    builder: str | None = None,
-) -> Target:
-    """Check the arguments before the network is built; returns the target ``section.name``.
+    section: ModelSection, quantization: QuantizationSection, builder: str | None = None
+) -> Source:
+    """Check the arguments before the network is built; returns the source ``section.name``.
 
     Raises:
         SaqError: all problems in one message.
     """
     problems = Problems()
-    target = problems.attempt(find_target, section.name, EVALUATED, "MODEL")
-    problems.attempt(named_builder, target, builder)
-    if target is not None and target.kind == "model":
+    source = problems.attempt(find_source, section.name, EVALUATED, "SOURCE")
+    problems.attempt(named_builder, source, builder)
+    if source is not None and source.kind == "model":
         problems.attempt(check_model, section)
-    elif target is not None:
+    elif source is not None:
         problems.attempt(check_no_model_options, section.name, section)
-        for option, given in (("bits", bits), ("policy", policy)):
-            if given is not None:
-                problems.add(ConfigError(f"{section.name} has its own bits: remove `{option}`"))
-        if quantize_attention:
-            problems.add(
-                ConfigError(f"{section.name} has its own attention: remove `quantization.quantize_attention`")
-            )
-    if bits is not None and policy is not None:
-        problems.add(ConfigError("`bits` and `policy` both give the bits: give one of them"))
-    given_bits = {"bits": bits, "policy": None if policy is None else str(policy)}
-    problems.attempt(check_bits, QuantizationSection.model_validate(given_bits))
-    if target is not None and target.kind == "model":
+        for setting, what in OWN.items():
+            if getattr(quantization, setting) != getattr(QuantizationSection(), setting):
+                problems.add(
+                    ConfigError(f"{section.name} has its own {what}: remove `quantization.{setting}`")
+                )
+    if quantization.bits is not None and quantization.policy is not None:
+        problems.add(
+            ConfigError("`quantization.bits` and `quantization.policy` both give the bits: give one of them")
+        )
+    problems.attempt(check_bits, quantization)
+    problems.attempt(target_of, quantization)
+    if source is not None and source.kind == "model":
         check_builds(problems, section)
     problems.check()
-    assert target is not None
-    return target
+    assert source is not None
+    return source
 
 
 def profile(
     section: ModelSection,
+    quantization: QuantizationSection,
     *,
-    bits: str | None,
-    policy: Path | None,
-    candidates: tuple[int, ...],
     progress: Progress,
-    quantize_attention: bool = False,
     pretrained: bool = False,
     builder: str | None = None,
 ) -> Profile:
-    """The costs of a network at ``bits``, under ``policy``, or by default in floating point.
+    """The costs of a network at its bits or under its policy, or by default in floating point, as its target counts.
 
-    With ``quantize_attention`` products of two activations are counted too. ``section.name`` may also be a run
-    directory or a file of a quantized model, which has its own bits; ``builder`` names the user's own network that it
-    was made from, if it was.
+    Args:
+        section: the network; its name may also be a run directory or a file of a quantized model, which has bits,
+            quantizers and target of its own.
+        quantization: bits or policy, target, candidates of the reachable range, and whether attention is quantized.
+        progress: receives notes.
+        pretrained: whether published weights are loaded; no cost depends on them.
+        builder: names the user's own network that a run or file was made from, if it was.
 
     Raises:
-        SaqError: unknown model, or a policy of another network.
+        SaqError: unknown model or target, a policy of another network, or bits that the target cannot run.
     """
-    target = check_profile(section, bits, policy, quantize_attention, builder)
-    if target.kind != "model":
-        network, config = _quantized(target, builder, progress)
-        return measure(network, config, space_of_candidates(network, candidates))
-    if not pretrained or section.weights is not None:  # costs do not depend on published weights
-        section = section.model_copy(update={"pretrained": False})
-    network = wrap_and_trace(
-        load_float(section, progress), QuantizationSection(quantize_attention=quantize_attention)
-    )
-    if policy is not None:
-        config = read_policy(str(policy), network)
-    elif bits is not None:
-        config = network.costs.uniform(network.name, parse_bits(bits))
-    else:
-        config = float_policy(network)
-    return measure(network, config, space_of_candidates(network, candidates))
+    opened = _open(section, quantization, builder, progress, pretrained=pretrained)
+    candidates = widths_of(quantization.candidates, target=opened.target)
+    space = search_space(opened.network.name, opened.network.costs, candidates)
+    return measure(opened.network, opened.policy, space)
 
 
 def profile_latency(
     section: ModelSection,
+    quantization: QuantizationSection,
     settings: LatencySettings,
     *,
-    bits: str | None,
-    policy: Path | None,
     progress: Progress,
-    quantize_attention: bool = False,
     builder: str | None = None,
 ) -> Latency:
     """The latency of every layer of a network at the widths of ``settings``; other arguments as in ``profile``.
 
+    The files have the quantizers and junctions of the run or model file, or of the target.
+
     Raises:
-        SaqError: unknown model, invalid settings, or bits, which ``settings`` have.
+        SaqError: unknown model or target, invalid settings, or bits, which ``settings`` have.
     """
-    for option, given in (("bits", bits), ("policy", policy)):
-        if given is not None:
-            raise ConfigError(f"`measure=True` measures several widths: use `widths`, and remove `{option}`")
-    target = check_profile(section, None, None, quantize_attention, builder)
-    if target.kind != "model":
-        return measure_latency(_quantized(target, builder, progress)[0], settings, progress)
-    loaded = load_float(section.model_copy(update={"pretrained": False}), progress)
-    network = wrap_and_trace(loaded, QuantizationSection(quantize_attention=quantize_attention))
-    return measure_latency(network, settings, progress)
+    for setting in ("bits", "policy"):
+        if getattr(quantization, setting) is not None:
+            raise ConfigError(
+                f"`measure=True` measures several widths: use `widths`, and remove `quantization.{setting}`"
+            )
+    opened = _open(section, quantization, builder, progress)
+    opened.target.check_scheme(opened.scheme)
+    return measure_latency(opened.network, settings, progress, opened.scheme, opened.target)
 
 
-def _quantized(target: Target, builder: str | None, progress: Progress) -> tuple[Network, BitConfig]:
-    """The network and the bits of a run or a model file."""
-    path, run, own = target.path, target.run, named_builder(target, builder)
+@dataclass(frozen=True)
+class _Opened:
+    """A traced network.
+
+    Attributes:
+        network: with the junctions of its target.
+        policy: its bits.
+        scheme: its quantizers.
+        target: where it will run.
+    """
+
+    network: Network
+    policy: BitConfig
+    scheme: Scheme
+    target: Target
+
+
+def _open(
+    section: ModelSection,
+    quantization: QuantizationSection,
+    builder: str | None,
+    progress: Progress,
+    *,
+    pretrained: bool = False,
+) -> _Opened:
+    """The network of a name, a run or a model file."""
+    source = check_profile(section, quantization, builder)
+    if source.kind != "model":
+        return _quantized(source, named_builder(source, builder), progress)
+    if not pretrained or section.weights is not None:  # costs do not depend on published weights
+        section = section.model_copy(update={"pretrained": False})
+    quantization = _with_defaults(quantization)
+    network = wrap_and_trace(load_float(section, progress), quantization)
+    if quantization.bits is None and quantization.policy is None:
+        policy = float_policy(network)
+    else:
+        policy = given_policy(quantization, network) or float_policy(network)
+    return _Opened(network, policy, scheme_of(quantization), target_of(quantization))
+
+
+def _with_defaults(quantization: QuantizationSection) -> QuantizationSection:
+    """The settings, with those of the target below what is given.
+
+    Raises:
+        ConfigError: the target has settings that do not exist.
+    """
+    target = target_of(quantization)
+    given = quantization.model_dump(exclude_unset=True)
+    settings = {**target.settings.get("quantization", {}), **given}
+    return parse_object(QuantizationSection, settings, f"the settings of target {target.name}")
+
+
+def _quantized(source: Source, own: OwnNetwork | None, progress: Progress) -> _Opened:
+    """The network of a run or a model file, with its bits, quantizers and target."""
+    path, run = source.path, source.run
     if run is not None:
         if not run.safetensors_path.is_file():
             return _of_settings(run, own, progress)
         path = run.safetensors_path
     assert path is not None
     loaded, metadata = open_from_metadata(path, own)
-    network = wrap_and_trace(loaded, QuantizationSection(quantize_attention=bool(metadata.products)))
-    return network, in_order(metadata.policy, network, str(path))
+    network = wrap_and_trace(loaded, recorded=metadata)
+    target = own_target(metadata, run)
+    policy = in_order(metadata.policy, network, str(path))
+    return _Opened(network, policy, metadata.scheme, target or TARGETS[PAPER])
 
 
-def _of_settings(run: RunDirectory, own: OwnNetwork | None, progress: Progress) -> tuple[Network, BitConfig]:
-    """The network and the bits of a search or an unfinished run, built from its settings."""
+def _of_settings(run: RunDirectory, own: OwnNetwork | None, progress: Progress) -> _Opened:
+    """The network of a search or an unfinished run, built from its settings."""
     if not run.policy_path.is_file():
         raise RunDirectoryError(f"{run.path} has no bits yet: it {run.status_text()}, {run.next_step()}")
     config = run.config()
     check_named(config.model.name, own, str(run.path))
     loaded = load_float(config.model.model_copy(update={"pretrained": False}), progress)
-    network = wrap_and_trace(loaded, config.quantization)
-    return network, read_policy(str(run.path), network)
+    network, section = wrap_and_trace(loaded, config.quantization), config.quantization
+    return _Opened(network, read_policy(str(run.path), network), scheme_of(section), target_of(section))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from saqcli import distributed
-from saqcli.api.targets import find_target
+from saqcli.api.sources import find_source
 from saqcli.config import RunConfig
 from saqcli.data.loaders import MAX_WORKERS, default_workers
 from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
@@ -149,7 +149,7 @@ def rerun(
     Raises:
         SaqError: anything the user can act on.
     """
-    run_dir = find_target(str(run_dir), ("run",), "RUN").path or run_dir
+    run_dir = find_source(str(run_dir), ("run",), "RUN").path or run_dir
     old = RunDirectory.open(run_dir.resolve())
     manifest = old.manifest()
     _check_finished(RunDirectory.open(run_dir), manifest)

@@ -23,7 +23,7 @@ from saqcli.quant.tracer import try_model
 from saqcli.random_state import seed_everything
 from saqcli.searchers import SEARCHERS
 from saqcli.serialization import named_path
-from saqcli.target import find_deployment
+from saqcli.target import target_of
 from saqcli.tasks.class_names import ORDERS
 from saqcli.tasks.classification import check_output
 from saqcli.tasks.labels import Classes
@@ -70,19 +70,25 @@ def load_float(section: ModelSection, progress: Progress, *, new_head: bool = Fa
     return loaded
 
 
-def wrap_and_trace(loaded: LoadedModel, section: QuantizationSection | None = None) -> Network:
+def wrap_and_trace(
+    loaded: LoadedModel, section: QuantizationSection | None = None, recorded: ModelMetadata | None = None
+) -> Network:
     """Wrap the model in place and trace it with one random image of its input size.
 
     Args:
         loaded: the float model.
         section: says whether attention is quantized, for which target, and whether norms are folded; None for defaults.
+        recorded: metadata of a quantized model, which say this in the place of ``section``.
 
     Raises:
         ConfigError: there is no such target.
         UnsupportedModel: it has nothing to quantize, or does not give class scores for such an image.
     """
     section = section or QuantizationSection()
-    target, generator = find_deployment(section.target), torch.Generator().manual_seed(0)
+    target, generator = target_of(section), torch.Generator().manual_seed(0)
+    attention, folded = section.quantize_attention, section.short_steps is not None
+    if recorded is not None:
+        attention, folded = bool(recorded.products), bool(recorded.absorbed)
     example = torch.randn(1, *loaded.preprocessing.input_size, generator=generator)
     convert.wrap(loaded.model)
     with explain_unsupported(loaded.name):
@@ -91,11 +97,11 @@ def wrap_and_trace(loaded: LoadedModel, section: QuantizationSection | None = No
             example,
             loaded.name,
             loaded.classifiers,
-            quantize_attention=section.quantize_attention,
-            junctions=target.junctions,
+            quantize_attention=attention,
+            junctions=target.junctions if recorded is None else recorded.junctions or (),
             junction_bits=target.junction_bits,
             count_junctions=target.count_junctions,
-            fold_norms=section.short_steps is not None,
+            fold_norms=folded,
         )
         check_output(found.traced.outputs, 1)
     return Network(**vars(found), loaded=loaded)

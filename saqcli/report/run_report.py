@@ -14,6 +14,7 @@ from saqcli.export import is_bit_equal
 from saqcli.quant.bits import BitConfig
 from saqcli.report.accuracy import accuracy_lines
 from saqcli.serialization import write_text
+from saqcli.target import PAPER, target_of
 from saqcli.tasks.classification import Score
 from saqcli.training.best import Best, advice
 from saqcli.units import counted, format_duration, format_quantity
@@ -274,7 +275,7 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 {_markdown_table(["", *names], rows)}
 {note}
 {on} BOPs are reduced {results["bops_reduction"]:.1f} times.
-{accuracy}
+{_target(config)}{accuracy}
 ## Stages
 
 {_markdown_table(*stages_table(results, seconds=False))}
@@ -290,6 +291,16 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
 |--|--|--|
 {layers}
 """
+
+
+def _target(config: RunConfig) -> str:
+    """Where the network will run, if that is said."""
+    target = target_of(config.quantization)
+    if target.name == PAPER:
+        return ""
+    styles = ", ".join(config.export.styles) or "none"
+    also = f"; also quantized: {target.adds}" if target.adds else ""
+    return f"\nTarget {target.name}, files of style {styles}{also}.\n"
 
 
 def _markdown_table(names: list[str], rows: list[list[str]]) -> str:

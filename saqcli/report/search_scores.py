@@ -13,7 +13,7 @@ from saqcli._version import __version__
 from saqcli.errors import ConfigError, RunDirectoryError
 from saqcli.quant.search_space import SearchSpace
 from saqcli.runs.directory import RunDirectory
-from saqcli.searchers.problem import SearchResult
+from saqcli.searchers import SEARCHERS, SearchResult
 from saqcli.serialization import json_text, parse_json, read_text, write_text
 
 FILE = "scores.json"
@@ -84,10 +84,10 @@ def read_scores(run: RunDirectory) -> SearchScores:
     path = run.path / FILE
     if not path.is_file():
         searcher = run.config().quantization.searcher
+        able = [name for name, entry in SEARCHERS.items() if entry.keeps_scores]
         raise RunDirectoryError(
-            f"{run.path} keeps no scores to search again from: searcher {searcher} may have none, as samq, asga, "
-            "swaps, random and uniform have, or the run did not search to its end: search with error, sensitivity, "
-            "hawq or fisher"
+            f"{run.path} keeps no scores to search again from: searcher {searcher} may have none, or the run did not "
+            f"search to its end: search with one that keeps them, {', '.join(able)}"
         )
     return parse_json(
         SearchScores, read_text(path, str(path), RunDirectoryError), str(path), RunDirectoryError

@@ -1,6 +1,7 @@
 """Resuming a run: whether to, whether its settings agree, and the note about it."""
 
 from collections.abc import Callable
+from typing import Any
 
 from saqcli import distributed
 from saqcli.config import RunConfig
@@ -69,7 +70,7 @@ def with_free_settings(one: RunConfig, other: RunConfig) -> RunConfig:
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:
-    """``section.key: old -> new`` of the first setting that differs, or None."""
+    """``section.key: old -> new`` of the first setting that differs, or None; of files, which one has changed."""
     old, new = one.model_dump(), other.model_dump()
     for section, values in old.items():
         if not isinstance(values, dict):
@@ -78,5 +79,14 @@ def first_difference(one: RunConfig, other: RunConfig) -> str | None:
             continue
         for key, value in values.items():
             if value != new[section][key]:
+                if key == "contents":
+                    return _edited(other, value, new[section][key])
                 return f"{section}.{key}: {value} -> {new[section][key]}"
     return None
+
+
+def _edited(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Which file that a setting names has other content than the run recorded."""
+    setting = next(name for name in (*old, *new) if old.get(name) != new.get(name))
+    file = getattr(config.quantization, setting)
+    return f"{file} was edited since; remove `quantization.{setting}` to use what the run recorded"

@@ -65,6 +65,7 @@ class SearcherEntry(NamedTuple):
         trains: whether it trains weights; if so, its length is counted in epochs.
         uses_images: whether it needs images.
         fills_budget: promises to use at least ``BUDGET_USE`` of a bound wherever the space has such a configuration.
+        keeps_scores: whether its results have ``losses``, from which another budget can be solved.
     """
 
     make: Callable[..., Searcher]
@@ -72,6 +73,7 @@ class SearcherEntry(NamedTuple):
     trains: bool = False
     uses_images: bool = True
     fills_budget: bool = False
+    keeps_scores: bool = False
 
 
 def _problem(plugin: Any) -> str | None:
@@ -98,14 +100,19 @@ _OURS = {
         HAWQ,
         "Hessian traces times quantization errors, exact knapsack (arXiv:1911.03852)",
         fills_budget=True,
+        keeps_scores=True,
     ),
     "sensitivity": SearcherEntry(
-        Sensitivity, "loss with one layer quantized at a time, exact knapsack", fills_budget=True
+        Sensitivity,
+        "loss with one layer quantized at a time, exact knapsack",
+        fills_budget=True,
+        keeps_scores=True,
     ),
     "fisher": SearcherEntry(
         Fisher,
         "divergence from the float network by one backward pass an image, exact knapsack",
         fills_budget=True,
+        keeps_scores=True,
     ),
     "swaps": SearcherEntry(Swaps, "the best of simple configurations, improved by measured swaps of bits"),
     "random": SearcherEntry(RandomSearch, "best of several random configurations", fills_budget=True),
@@ -114,6 +121,7 @@ _OURS = {
         "relative quantization errors, exact knapsack; takes seconds",
         uses_images=False,
         fills_budget=True,
+        keeps_scores=True,
     ),
     "uniform": SearcherEntry(Uniform, "the same bits everywhere", uses_images=False),
 }

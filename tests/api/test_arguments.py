@@ -45,7 +45,7 @@ def message(call: Callable[[], Any], kind: type[SaqError] = ConfigError) -> str:
 
 QUANTIZERS = (
     *("quantizer", "weight_quantizer", "activation_quantizer"),
-    *("weight_grid", "granularity", "weight_normalization"),
+    *("weight_grid", "granularity", "weight_normalization", "short_steps", "target", "junctions"),
 )
 
 

@@ -68,7 +68,7 @@ ACCEPTED = {
     "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --target --verify --verify-images",
     "profile": f"--builder {GENERAL} --bits --candidates --in-chans --input-size --model-kwargs --no-pretrained "
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key "
-    "--measure --out --repeats --style --threads --widths",
+    "--measure --out --repeats --style --target --threads --widths",
     "analyze": f"--builder {IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
     "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
     "--rho-unit --samples --seed --sensitivity --set --sharpness --span --split --starts --trace",

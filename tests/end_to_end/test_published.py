@@ -43,7 +43,7 @@ def calibrated(quantizer: str, digits: Path, run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_is_valid(name: str) -> None:
     config = resolve(recipe=name, options={"model.name": MODEL})
-    scheme_of(config).check()
+    scheme_of(config.quantization).check()
     check_training(config)
 
 

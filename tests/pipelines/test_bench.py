@@ -26,7 +26,7 @@ from saqcli.pipelines.bench import (
     BenchTarget,
     Lineup,
     Timing,
-    bench_target,
+    bench_source,
     measure,
     summarize,
     time_in_turns,
@@ -295,7 +295,7 @@ class TestTargets:
 
         monkeypatch.setattr(QdqExporter, "export", refuse)
         section = ModelSection(name=str(run / "artifacts" / "model.safetensors"))
-        found = bench_target(section.name, section, BenchSettings((1,), (1,), 1), SILENT)
+        found = bench_source(section.name, section, BenchSettings((1,), (1,), 1), SILENT)
 
         assert [row.name for row in found.rows] == FOUR[:2]
         assert found.baseline == "PyTorch float"

@@ -26,8 +26,8 @@ def show_plan(plan: dict[str, Any]) -> None:
     config, profile = plan["config"], plan["profile"]
     size = "x".join(map(str, profile["input_size"]))
     reachable = ", ".join(
-        f"{format_quantity(profile[f'floor_{cost}'], unit)} to {format_quantity(profile[f'ceiling_{cost}'], unit)}"
-        for cost, unit in (("bops", "BOPs"), ("size_bytes", "B"))
+        f"{format_quantity(fewest, unit)} to {format_quantity(most, unit)}"
+        for fewest, most, unit in _reachable(plan)
     )
     files = ", ".join(str(PurePath(path).relative_to(plan["run_dir"])) for path in plan["writes"])
     print_text(console, f"Dry run of `saq {plan['verb']}`: nothing was written.\n")
@@ -50,6 +50,18 @@ def show_plan(plan: dict[str, Any]) -> None:
             _print("" if index else subject, line, console)
     if plan["data"] is None:
         print_text(console, f"\nMissing: `saq {plan['verb']}` requires --data DIR or --calibration PATH.")
+
+
+def _reachable(plan: dict[str, Any]) -> list[tuple[int, int, str]]:
+    """Least and most of every cost, with its unit."""
+    profile = plan["profile"]
+    found = [
+        (profile["floor_bops"], profile["ceiling_bops"], "BOPs"),
+        (profile["floor_size_bytes"], profile["ceiling_size_bytes"], "B"),
+    ]
+    if plan.get("floor_cost") is not None:
+        found[0] = (plan["floor_cost"], plan["ceiling_cost"], plan["cost_unit"])
+    return found
 
 
 def _print(subject: str, line: str, console: Console) -> None:
@@ -102,9 +114,15 @@ def _bits(plan: dict[str, Any]) -> list[str]:
         f"{format_quantity(profile['bops'], 'BOPs')} ({times_fewer(profile, 'bops')} fewer than float), "
         f"{format_quantity(profile['size_bytes'], 'B')} ({times_fewer(profile, 'size_bytes')} smaller)"
     )
+    if "cost" in plan:
+        cost = f"{format_quantity(plan['cost'], plan['cost_unit'])}, {cost}"
+    bounds = (
+        (plan["budget_bops"], "BOPs"),
+        (plan.get("budget_cost"), plan.get("cost_unit", "")),
+        (plan["budget_bytes"], "B"),
+    )
     lines = [f"{plan['bits']}: {cost}"]
-    if plan["budget_bops"] is not None or plan["budget_bytes"] is not None:
-        bounds = ((plan["budget_bops"], "BOPs"), (plan["budget_bytes"], "B"))
+    if any(bound is not None for bound, _ in bounds):
         wanted = " and ".join(format_quantity(bound, unit) for bound, unit in bounds if bound is not None)
         lines = [f"{plan['bits']}: at most {wanted}", f"largest uniform bits that fit: {uniform}, {cost}"]
     elif plan.get("accuracy"):

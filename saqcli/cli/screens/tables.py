@@ -151,6 +151,12 @@ def _bits(value: int | None) -> str:
     return "float" if value is None else str(value)
 
 
+def _of_junctions(result: dict[str, Any]) -> str:
+    """The part of the bit-operations that quantized junctions have, where they count."""
+    counted = result.get("junction_bops")
+    return f", of which quantized junctions {format_quantity(counted, 'BOPs')}" if counted else ""
+
+
 def show_profile(result: dict[str, Any]) -> None:
     """Print the costs of every layer, then the totals."""
     console = Console()
@@ -211,7 +217,7 @@ def show_profile(result: dict[str, Any]) -> None:
     print_text(
         console,
         f"\nMACs: {format_quantity(result['macs'], 'MACs')}\n"
-        f"BOPs: {format_quantity(result['bops'], 'BOPs')} "
+        f"BOPs: {format_quantity(result['bops'], 'BOPs')}{_of_junctions(result)} "
         f"(float: {format_quantity(result['float_bops'], 'BOPs')}, {times_fewer(result, 'bops')} more)\n"
         f"size: {format_quantity(result['size_bytes'], 'B')} "
         f"(float: {format_quantity(result['float_size_bytes'], 'B')}, {times_fewer(result, 'size_bytes')} more)\n"
@@ -241,7 +247,7 @@ def show_target(target: Target) -> None:
         ["styles of files", ", ".join(target.styles) or "any"],
         ["weights", f"{_widths(target.weights)}, {scopes}"],
         ["inputs", f"{_widths(target.inputs)}, per tensor"],
-        ["also quantized", _junctions(target)],
+        ["also quantized", target.adds or "nothing"],
         ["biases", "32-bit integers" if target.bias == "int32" else "floating point"],
         ["run as one", "; ".join(target.fused) or "unknown"],
         *(
@@ -265,13 +271,6 @@ def _widths(operand: Operand) -> str:
     if others:
         texts.append(f"{', '.join(map(str, others))} bits computed in floating point")
     return "; ".join(texts) + ("" if operand.float else "; never left in floating point")
-
-
-def _junctions(target: Target) -> str:
-    if not target.junctions:
-        return "nothing"
-    counted = "counted" if target.count_junctions else "not counted"
-    return f"{', '.join(target.junctions)} at {target.junction_bits} bits, {counted} as bit-operations"
 
 
 def times_fewer(result: dict[str, Any], cost: str) -> str:

@@ -10,7 +10,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,16 @@ from saqcli.machine import cores, cpu_name, versions
 from saqcli.pipelines.bench import WARM_UP, attention_spelled_out, random_images
 from saqcli.progress import SILENT, Progress
 from saqcli.quant import convert
-from saqcli.quant.bits import BitConfig, parse_bits
+from saqcli.quant.bits import BitConfig, LayerBits, parse_bits
 from saqcli.quant.calls import Call
 from saqcli.quant.cost_tables.table import IN_FLOAT, CostTable
 from saqcli.quant.network import Network
 from saqcli.serialization import json_text, write_text
+from saqcli.target import PAPER, TARGETS, Target
 from saqcli.verify.layer_times import REST, ProfiledFile
 from saqcli.verify.runtime import runner
 
+WIDTHS = ("w8a8", "w4a8", "w4a4")  # that are measured by default
 DIGITS = 6  # decimals of a millisecond in the table: nanoseconds
 
 
@@ -43,15 +45,16 @@ class LatencySettings:
     """What is measured.
 
     Attributes:
-        widths: of weights and inputs, such as ``w4a8``, besides floating point.
-        style: of the files, in ``STYLES``.
+        widths: of weights and inputs, such as ``w4a8``, besides floating point; None for those of ``WIDTHS`` that the
+            target runs.
+        style: of the files, in ``STYLES``; None for the first that the target reads, else ``qdq``.
         threads: threads per operator.
         repeats: rounds.
         batch_size: images.
     """
 
-    widths: tuple[str, ...] = ("w8a8", "w4a8", "w4a4")
-    style: str = "qdq"
+    widths: tuple[str, ...] | None = None
+    style: str | None = None
     threads: int = 1
     repeats: int = 50
     batch_size: int = 1
@@ -62,13 +65,35 @@ class LatencySettings:
         Raises:
             ConfigError: names the invalid setting.
         """
-        for width in self.widths:
+        for width in self.widths or ():
             parse_bits(width, "widths")
-        STYLES.find(self.style)
+        if self.style is not None:
+            STYLES.find(self.style)
         if not 1 <= self.threads <= cores():
             raise ConfigError(f"`threads={self.threads}`: this machine has {cores()}, give 1 to {cores()}")
         if self.repeats < 1:
             raise ConfigError(f"`repeats={self.repeats}`: give at least 1")
+
+    def style_for(self, target: Target) -> str:
+        """The style of the files.
+
+        Raises:
+            ConfigError: the target does not read it.
+        """
+        if self.style is not None:
+            target.check_styles((self.style,))
+        return self.style or (target.styles or ("qdq",))[0]
+
+    def widths_for(self, target: Target) -> tuple[str, ...]:
+        """The widths of the files; the most bits that the target has, if it runs none of ``WIDTHS``."""
+        if self.widths is not None:
+            return tuple(dict.fromkeys(self.widths))
+        able = [str(each) for each in map(parse_bits, WIDTHS) if _runs(target, each)]
+        return tuple(able) or (f"w{max(target.weights.bits)}a{max(target.inputs.bits)}",)
+
+
+def _runs(target: Target, bits: LayerBits) -> bool:
+    return bits.weight in target.weights.bits and bits.activation in target.inputs.bits
 
 
 @dataclass
@@ -78,6 +103,8 @@ class Latency:
     Attributes:
         model: name of the network.
         settings: as given.
+        style: of the files.
+        target: name of the target.
         widths: of the files, in the order of columns; ``float`` first.
         layers: milliseconds of every layer by name and its own widths in the file, medians.
         columns: the same by file; layers with fixed bits have these in all of them.
@@ -89,6 +116,8 @@ class Latency:
 
     model: str
     settings: LatencySettings
+    style: str
+    target: str
     widths: tuple[str, ...]
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     columns: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -120,7 +149,8 @@ class Latency:
             "cores": cores(),
             "threads": self.settings.threads,
             "batch_size": self.settings.batch_size,
-            "style": self.settings.style,
+            "style": self.style,
+            **({} if self.target == PAPER else {"target": self.target}),
             "rounds": self.settings.repeats,
             "versions": versions() | {"saq": __version__},
             "sum_ms": {width: round(value, DIGITS) for width, value in self.sums.items()},
@@ -145,37 +175,53 @@ class Latency:
         write_text(path, json_text(self.table.model_dump(), indent=1) + "\n")
 
 
-def measure_latency(network: Network, settings: LatencySettings, progress: Progress) -> Latency:
+def measure_latency(
+    network: Network,
+    settings: LatencySettings,
+    progress: Progress,
+    scheme: convert.Scheme | None = None,
+    target: Target | None = None,
+) -> Latency:
     """Export a network at every width and measure its layers.
 
     Args:
-        network: wrapped and traced, on the CPU; not changed.
+        network: wrapped and traced, with the junctions of the target, on the CPU; not changed.
         settings: what is measured.
         progress: reports exports and rounds.
+        scheme: the quantizers of the files; None for the defaults.
+        target: which chooses style and widths that ``settings`` leave open; None for ``paper``.
 
     Raises:
-        ConfigError: invalid settings.
-        UnsupportedModel: the network cannot be exported.
+        ConfigError: invalid settings, or a style that the target does not read.
+        UnsupportedModel: the network cannot be exported, or the target does not run a width.
     """
     settings.check()
+    target, scheme = target or TARGETS[PAPER], scheme or convert.Scheme()
+    found = Latency(network.name, settings, settings.style_for(target), target.name, (IN_FLOAT,))
+    found.widths += settings.widths_for(target)
+    policies: dict[str, BitConfig | None] = {IN_FLOAT: None}
+    for width in found.widths[1:]:
+        wanted = policy_of(network, bits=width)
+        target.check_policy(wanted.layers)
+        policies[width] = wanted
     layers = [layer.name for layer in network.costs.layers]
     images = random_images(settings.batch_size, image_size(network))
-    widths = (IN_FLOAT, *dict.fromkeys(settings.widths))
-    policies: dict[str, BitConfig | None] = {IN_FLOAT: None}
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
-        paths = {width: Path(folder) / f"{width}.onnx" for width in widths}
-        with progress.task("exporting", len(widths)) as task:
-            _export_float(network, settings.style, paths[IN_FLOAT])
-            task.advance()
-            for width in widths[1:]:
-                policies[width] = _export_quantized(network, width, settings.style, paths[width])
+        paths = {width: Path(folder) / f"{width}.onnx" for width in found.widths}
+        with progress.task("exporting", len(paths)) as task:
+            for width, policy in policies.items():
+                if policy is None:
+                    _export_float(network, found.style, paths[width])
+                else:
+                    _export_quantized(network, scheme, policy, found.style, paths[width])
                 task.advance()
         profiled = {width: ProfiledFile(path, settings.threads, layers) for width, path in paths.items()}
         plain = {width: runner(path, settings.threads) for width, path in paths.items()}
         with progress.task("measuring", settings.repeats) as task:
             whole = _in_turns(profiled, plain, images, settings.repeats, task.advance)
         runs = {width: file.layer_seconds()[WARM_UP:] for width, file in profiled.items()}
-    return _result(network, settings, widths, policies, runs, whole)
+    _fill(found, network, policies, runs, whole)
+    return found
 
 
 def image_size(network: Network) -> tuple[int, int, int]:
@@ -215,21 +261,19 @@ def _in_turns(
     return seconds
 
 
-def _result(
+def _fill(
+    found: Latency,
     network: Network,
-    settings: LatencySettings,
-    widths: tuple[str, ...],
     policies: dict[str, BitConfig | None],
     runs: dict[str, list[dict[str, float]]],
     whole: dict[str, list[float]],
-) -> Latency:
-    found = Latency(network.name, settings, widths)
+) -> None:
+    """Add the figures of all files to ``found``."""
 
     def median(width: str, name: str) -> float:
         return 1e3 * float(np.median([run.get(name, 0.0) for run in runs[width]]))
 
-    for width in widths:
-        policy = policies[width]
+    for width, policy in policies.items():
         column = {layer.name: median(width, layer.name) for layer in network.costs.layers}
         for name, cost in column.items():
             own = IN_FLOAT if policy is None else str(policy.layers[name])
@@ -238,7 +282,6 @@ def _result(
         found.sums[width] = sum(column.values()) + found.rest[width]
         found.whole[width] = 1e3 * float(np.median(whole[width]))
         found.least[width] = 1e3 * min(whole[width])
-    return found
 
 
 def _export_float(network: Network, style: str, path: Path) -> None:
@@ -257,14 +300,14 @@ def _export_float(network: Network, style: str, path: Path) -> None:
         _export(style, model, network, path, metadata)
 
 
-def _export_quantized(network: Network, width: str, style: str, path: Path) -> BitConfig:
+def _export_quantized(
+    network: Network, scheme: convert.Scheme, policy: BitConfig, style: str, path: Path
+) -> None:
     model = copy.deepcopy(network.model).cpu().eval()
-    copied = Network(model, network.name, network.traced, network.costs, network.products)
+    copied = replace(network, model=model)
     example = Call((random_images(2, image_size(network)),))
-    policy = policy_of(copied, bits=width)
-    install(copied, example, convert.Scheme(), policy, observed(model, [example], 0, SILENT))
+    install(copied, example, scheme, policy, observed(model, [example], 0, SILENT, scheme=scheme))
     _export(style, model, network, path, metadata_of(model))
-    return policy
 
 
 def _export(style: str, model: nn.Module, network: Network, path: Path, metadata: ModelMetadata) -> None:

@@ -60,6 +60,7 @@ FREE = (
     "candidates",
     "activation_candidates",
     "pins",
+    "contents",  # that of the target is compared
 )
 
 
@@ -75,6 +76,9 @@ def check_same_scores(config: RunConfig, source: Path, before: RunConfig) -> Non
         for key, value in getattr(before, section)
         if not (section == "quantization" and key in FREE) and getattr(getattr(config, section), key) != value
     ]
+    recorded = before.quantization.contents.get("target")
+    if config.quantization.contents.get("target") != recorded and "quantization.target" not in changed:
+        changed.append("quantization.target")
     changed += ["run.seed"] if config.run.seed != before.run.seed else []
     if changed:
         names = ", ".join(f"`{name}`" for name in changed)
@@ -115,7 +119,9 @@ def search_again(
     space.check_reachable(asked)
     choice = best_choice(space, budget, losses)
     result = SearchResult(choice, lambda other: [best_choice(space, other, losses)], losses=losses)
-    problem = SearchProblem(network.model, space, budget, scheme_of(config), {}, NO_IMAGES, _no_optimizer)
+    problem = SearchProblem(
+        network.model, space, budget, scheme_of(config.quantization), {}, NO_IMAGES, _no_optimizer
+    )
     found = FoundBits(
         scores.searcher,
         time.perf_counter() - start,

@@ -7,9 +7,15 @@ change has its own too. The grid is signed for all if it is for one.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from torch import nn
 
 from saqcli.quant.bits import Bits
@@ -48,6 +54,7 @@ class Junctions(BaseModel):
         bits: of their operands.
         operators: by name, ``OWNER.junctions.INDEX``.
         tensors: for every reader of a tensor that others read too, a layer or an operand, the first of them.
+        counted: whether they count as bit-operations; in JSON only if they do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +62,11 @@ class Junctions(BaseModel):
     bits: Bits = JUNCTION_BITS
     operators: dict[str, JunctionOperands]
     tensors: dict[str, str]
+    counted: bool = False
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "counted" or value}
 
 
 def quantized_joins(model: nn.Module) -> dict[str, QuantizedProduct | QuantizedJunction]:

@@ -1,4 +1,4 @@
-"""Targets of commands: run directories, model files and model names."""
+"""Sources of commands: run directories, model files and model names."""
 
 import difflib
 import shlex
@@ -33,8 +33,8 @@ NEAR = 3  # similar names in a message
 
 
 @dataclass(frozen=True)
-class Target:
-    """The target of a command.
+class Source:
+    """The source of a command.
 
     Attributes:
         text: as given.
@@ -52,8 +52,8 @@ class Target:
         return RunDirectory.open(self.path) if self.kind == "run" and self.path else None
 
 
-def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> Target:
-    """The target that ``text`` refers to; nothing is loaded or read.
+def find_source(text: str, accepts: Sequence[Kind], called: str = "SOURCE") -> Source:
+    """The source that ``text`` refers to; nothing is loaded or read.
 
     Args:
         text: a path, in which ``~`` is the home folder, or a model name.
@@ -72,14 +72,14 @@ def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> T
         raise ConfigError(f"{called} is empty: give {wanted}")
     path = named_path(text)
     if names_own_network(text) and not path.exists():
-        target = Target(text, "model")
+        source = Source(text, "model")
         if "model" in accepts:
             check_model_name(text)
     elif path.is_dir():
-        target = _folder(text, path, accepts)
+        source = _folder(text, path, accepts)
     elif path.suffix in MODEL_FILES:
-        target = Target(text, MODEL_FILES[path.suffix], path)
-        if target.kind in accepts and not path.is_file():
+        source = Source(text, MODEL_FILES[path.suffix], path)
+        if source.kind in accepts and not path.is_file():
             raise ConfigError(f"there is no file {path}{_near_runs(path)}")
     elif path.is_file() and path.suffix != ".py":
         raise ConfigError(_no_model(path, wanted))
@@ -87,10 +87,10 @@ def find_target(text: str, accepts: Sequence[Kind], called: str = "TARGET") -> T
         raise ConfigError(f"there is no run directory or file {printable(text, 200)}{_near_runs(path)}")
     else:
         _check_name(text, path, accepts)
-        target = Target(text, "model")
-    if target.kind not in accepts:
-        raise ConfigError(_cannot(target, called, wanted))
-    return target
+        source = Source(text, "model")
+    if source.kind not in accepts:
+        raise ConfigError(_cannot(source, called, wanted))
+    return source
 
 
 def is_path(text: str) -> bool:
@@ -106,12 +106,12 @@ def is_path(text: str) -> bool:
     )
 
 
-def check_no_model_options(target: str, section: ModelSection) -> None:
+def check_no_model_options(source: str, section: ModelSection) -> None:
     """Check that no model options are given for a file that contains its own model."""
     plain = ModelSection(name=section.name).model_dump()
     given = [f"`model.{name}`" for name, value in section.model_dump().items() if value != plain[name]]
     if given:
-        raise ConfigError(f"{target} has its own network and preprocessing: remove {', '.join(given)}")
+        raise ConfigError(f"{source} has its own network and preprocessing: remove {', '.join(given)}")
 
 
 def check_not_run(name: str) -> None:
@@ -144,32 +144,32 @@ def model_file(run: RunDirectory) -> Path:
     return run.safetensors_path
 
 
-def named_builder(target: Target | None, builder: str | None) -> OwnNetwork | None:
+def named_builder(source: Source | None, builder: str | None) -> OwnNetwork | None:
     """The network of one's own that ``builder`` names, for a run or file that was made from it; it is imported.
 
     Raises:
-        ConfigError: the target is a model name, or ``builder`` names nothing that builds a network.
+        ConfigError: the source is a model name, or ``builder`` names nothing that builds a network.
     """
-    if builder is None or target is None:
+    if builder is None or source is None:
         return None
-    if target.kind == "model":
+    if source.kind == "model":
         raise ConfigError(
-            f"`builder={builder}` belongs to a run or file, and {target.text} is a model name: remove it"
+            f"`builder={builder}` belongs to a run or file, and {source.text} is a model name: remove it"
         )
     return own_network(builder)
 
 
-def named_file(target: Target, section: ModelSection) -> Path | None:
-    """The model file of ``target``: the file itself, the model of a run directory, or None for a model name.
+def named_file(source: Source, section: ModelSection) -> Path | None:
+    """The model file of ``source``: the file itself, the model of a run directory, or None for a model name.
 
     Raises:
         SaqError: a run without a model, or model options for a file.
     """
-    if target.kind == "model":
+    if source.kind == "model":
         return None
-    check_no_model_options(target.text, section)
-    run = target.run
-    return target.path if run is None else model_file(run)
+    check_no_model_options(source.text, section)
+    run = source.run
+    return source.path if run is None else model_file(run)
 
 
 def policy_file(text: str) -> Path:
@@ -192,12 +192,12 @@ def policy_file(text: str) -> Path:
     return run.policy_path
 
 
-def _folder(text: str, path: Path, accepts: Sequence[Kind]) -> Target:
-    """The target for an existing folder: a run directory, or a model of the same name."""
+def _folder(text: str, path: Path, accepts: Sequence[Kind]) -> Source:
+    """The source for an existing folder: a run directory, or a model of the same name."""
     if (path / "manifest.json").is_file():
-        return Target(text, "run", path)
+        return Source(text, "run", path)
     if "model" in accepts and not is_path(text) and _known(text):
-        return Target(text, "model")
+        return Source(text, "model")
     raise RunDirectoryError(_not_a_run(path))
 
 
@@ -227,21 +227,21 @@ def _no_model(path: Path, wanted: str) -> str:
     return f"{path} is not a model file of saq: give {wanted}"
 
 
-def _cannot(target: Target, called: str, wanted: str) -> str:
-    """The message about an existing target of the wrong kind."""
-    run = _run_of(target.path) if target.path else None
-    if target.kind == "onnx":
+def _cannot(source: Source, called: str, wanted: str) -> str:
+    """The message about an existing source of the wrong kind."""
+    run = _run_of(source.path) if source.path else None
+    if source.kind == "onnx":
         where = f", {run}" if run else " or the .safetensors file that it came from"
-        return f"{target.text} is an ONNX graph, which is final: give the run directory{where}"
-    if target.kind == "safetensors":
+        return f"{source.text} is an ONNX graph, which is final: give the run directory{where}"
+    if source.kind == "safetensors":
         where = f", {run}" if run else ""
-        return f"{target.text} is a file: give a run directory{where}"
-    if target.kind == "model":
+        return f"{source.text} is a file: give a run directory{where}"
+    if source.kind == "model":
         return (
-            f"{target.text} is a model that is not quantized: quantize it with `saq quantize {target.text}`, "
+            f"{source.text} is a model that is not quantized: quantize it with `saq quantize {source.text}`, "
             f"then give its run directory as {called}"
         )
-    return f"{target.text} is {CALLED[target.kind]}: give {wanted}"
+    return f"{source.text} is {CALLED[source.kind]}: give {wanted}"
 
 
 def _check_name(text: str, path: Path, accepts: Sequence[Kind]) -> None:

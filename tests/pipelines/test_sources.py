@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from saqcli.api.targets import ANALYZED, EVALUATED, QUANTIZED, find_target, is_path, policy_file
+from saqcli.api.sources import ANALYZED, EVALUATED, QUANTIZED, find_source, is_path, policy_file
 from saqcli.config import RunConfig, resolve
 from saqcli.errors import SaqError
 from saqcli.quant.bits import BitConfig, LayerBits
@@ -164,14 +164,14 @@ def test_interrupted_and_failed_runs_say_so(images: Path, tmp_path: Path, config
 def test_model_names_are_not_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resnet18", "timm/resnet18.a1_in1k", "torchvision/resnet18", "saq/resnet20"):
         assert not is_path(name)
-        assert find_target(name, EVALUATED).kind == "model"
+        assert find_source(name, EVALUATED).kind == "model"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()  # a folder of that name is no run
-    assert find_target("resnet18", ANALYZED).kind == "model"
+    assert find_source("resnet18", ANALYZED).kind == "model"
     with pytest.raises(SaqError, match="not quantized: quantize it with `saq quantize saq/resnet20`"):
-        find_target("saq/resnet20", QUANTIZED)
+        find_source("saq/resnet20", QUANTIZED)
     with pytest.raises(SaqError, match=r"did you mean .*timm/resnet18"):
-        find_target("resnt18", EVALUATED)
+        find_source("resnt18", EVALUATED)
 
 
 def test_policy_may_be_a_run(tmp_path: Path, config: RunConfig) -> None:

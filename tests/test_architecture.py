@@ -52,8 +52,8 @@ MOST_IMPORTS = 20  # of ours in one file
 MOST_FILES = 20  # in one folder
 # Plugins of a family do not import each other; these files are shared.
 FAMILIES = {
-    "training/minimizers": {"base", "reference"},
-    "searchers": {"problem", "knapsack", "separable", "supernet", "controller", "mixture"},
+    "training/minimizers": {"base", "reference", "sharpness_aware"},
+    "searchers": {"problem", "knapsack", "separable", "divergences", "supernet", "controller", "mixture"},
     "analysis": {"base"},
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),

@@ -63,7 +63,7 @@ from saqcli.tasks import classification
 from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import gradients_of
-from saqcli.training.minimizers.sharpness_aware import SAQ
+from saqcli.training.minimizers.cases import SAQ
 from saqcli.training.objective import Objective, micro_batches
 from saqcli.training.optimizer import CosineRates
 from saqcli.training.options import check_choice, check_count, check_flag, check_number

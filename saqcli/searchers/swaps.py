@@ -18,7 +18,7 @@ from dataclasses import replace
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
-from saqcli.searchers.fisher import Fisher
+from saqcli.searchers.divergences import divergences
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import Batch, Scored, SearchProblem, SearchResult
 from saqcli.searchers.separable import Losses, relative_noise
@@ -33,7 +33,7 @@ class Swaps:
     """Takes the configuration nearest to the float network, by measured swaps.
 
     Args:
-        images: as in ``Fisher``, which predicts the gain of swaps.
+        images: number of scoring images that predict the gain of swaps; a backward pass for each.
         scoring: number of scoring images that configurations are compared on, rounded up to whole batches.
         swaps: number of swaps that are measured at most.
         patience: swaps in a row without a gain after which the search ends.
@@ -55,7 +55,7 @@ class Swaps:
         space.check_reachable(budget)
         problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
         kept = problem.memory.load() or {}
-        losses: Losses = kept.get("losses") or Fisher(images=self.images).losses(problem)
+        losses: Losses = kept.get("losses") or divergences(problem, self.images)
         noise = relative_noise(problem)
         scorer = Scorer(problem)
 

@@ -12,7 +12,7 @@ from saqcli.quant.grid import fake_quantize
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers
 from saqcli.quant.search_space import Candidates
 from saqcli.searchers import Scorer, closeness
-from saqcli.searchers.fisher import Fisher, _inputs, _movements, _weight_errors
+from saqcli.searchers.divergences import _inputs, _movements, _weight_errors, divergences
 from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.separable import Key
 from saqcli.searchers.swaps import Swaps, untied_uniforms
@@ -83,9 +83,9 @@ def test_sketch_is_unbiased(operand: str) -> None:
 def test_losses_ignore_labels_and_leave_the_model_alone() -> None:
     problem = tiny_problem("conv_bn", candidates=Candidates((2, 4)))
     before = {name: value.clone() for name, value in problem.model.state_dict().items()}
-    one = Fisher(images=4).losses(problem)
+    one = divergences(problem, 4)
     relabelled = [(images, (labels + 1) % 2) for images, labels in problem.images.scoring]
-    other = Fisher(images=4).losses(replace(problem, images=replace(problem.images, scoring=relabelled)))
+    other = divergences(replace(problem, images=replace(problem.images, scoring=relabelled)), 4)
     assert one == other
     assert all(torch.equal(before[name], value) for name, value in problem.model.state_dict().items())
     assert not any(layer.perturbation is not None for layer in quantized_layers(problem.model).values())

@@ -35,7 +35,7 @@ from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Key, measure_noise
 from saqcli.searchers.supernet import Scorer, Supernet, SwitchableNorm, layers_before_norms
 from saqcli.training.loop import evaluate
-from saqcli.training.minimizers.sharpness_aware import SAQ
+from saqcli.training.minimizers.cases import SAQ
 from saqcli.training.objective import micro_batches
 from saqcli.training.perturbation import PerturbedSet
 from tests.support import tiny

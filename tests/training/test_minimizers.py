@@ -17,9 +17,9 @@ from saqcli.quant.bits import BitConfig, LayerBits
 from saqcli.quant.convert import Scheme
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.training.minimizers import MINIMIZERS, Chunk, Minimizer
+from saqcli.training.minimizers.cases import SAQ
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.minimizers.reference import Problem, Shifts
-from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.perturbation import PERTURBED, Kind, PerturbedSet, RadiusUnit
 from tests.support.networks import NETWORKS, TwoHeads, images, quantize, seeded
 from tests.support.steps import (

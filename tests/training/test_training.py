@@ -14,8 +14,8 @@ from saqcli.progress import Task
 from saqcli.tasks.classification import Meter, Score
 from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers import MINIMIZERS, Chunk, Passes
+from saqcli.training.minimizers.cases import SAQ
 from saqcli.training.minimizers.qat import QAT
-from saqcli.training.minimizers.sharpness_aware import SAQ
 from saqcli.training.objective import Objective
 from saqcli.training.step import Recovery, Stepper
 from tests.support.networks import CLASSES, NETWORKS, images, quantize, seeded

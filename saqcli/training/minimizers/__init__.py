@@ -19,9 +19,10 @@ from saqcli.training.minimizers.base import (
     inner,
     orthogonal_part,
 )
+from saqcli.training.minimizers.cases import ASAQ, SAM, SAQ, Case1
 from saqcli.training.minimizers.momentum import MSAM
 from saqcli.training.minimizers.qat import QAT
-from saqcli.training.minimizers.sharpness_aware import ASAQ, SAM, SAQ, Case1, SharpnessAware
+from saqcli.training.minimizers.sharpness_aware import SharpnessAware
 
 
 def _problem(plugin: Any) -> str | None:

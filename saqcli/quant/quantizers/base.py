@@ -103,10 +103,14 @@ class Quantizer(nn.Module, ABC):
         """Fit the parameters of all candidates to ``x``."""
 
     @torch.no_grad()
-    def settle(self, x: Tensor) -> None:
+    def settle(self, x: Tensor, least: Tensor | None = None) -> None:
         """Move the active steps, fitted to ``x``, to the better one of their two short neighbours.
 
         Nearest is not best: a step that is too small clips, which costs more than rounding.
+
+        Args:
+            x: what it quantizes.
+            least: the least steps, in ``shape``; None for any.
         """
         bits = self.step_bits
         scales = [name for name in ("clipping_level", "step_size") if hasattr(self, name)]
@@ -119,11 +123,11 @@ class Quantizer(nn.Module, ABC):
             step = self.step()
         finally:
             self.step_bits = bits
-        best, least = fitted, torch.full_like(fitted, torch.inf)
-        for short in neighbours(step, bits):
+        best, lowest = fitted, torch.full_like(fitted, torch.inf)
+        for short in neighbours(step if least is None else torch.maximum(step, least), bits):
             row.copy_(fitted * (short / step))
             error = reduce_to((self(x) - x).abs_().pow_(self.error_power), self.shape, "sum")
-            best, least = torch.where(error < least, row, best), torch.minimum(error, least)
+            best, lowest = torch.where(error < lowest, row, best), torch.minimum(error, lowest)
         row.copy_(best)
 
     def fits(self) -> tuple[Callable[[Tensor], None], ...]:

@@ -30,6 +30,7 @@ from saqcli.quant.grid import AnyGrid, LevelTable, ShiftedGrid
 
 MOST_BITS = 8  # of a step; a level, the step times a code of 8 bits, stays exact
 SIGNIFICANT = 24  # bits of a float32 number
+REACH = 3  # short steps that are tried on either side of a fitted one
 LEAST_STEP = 2.0**-32  # ``grid.TINY``, to which kernels limit levels, is still below
 
 
@@ -67,6 +68,22 @@ def neighbours(step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     whole = torch.frexp(step).mantissa * 2.0**bits
     return whole.floor() * (step / whole), (whole.floor() + 1) * (step / whole)
+
+
+def nearby(step: Tensor, bits: int) -> list[Tensor]:
+    """Numbers with ``bits`` significant bits around ``step``, positive: its neighbours first, then ``REACH`` in all on
+    either side.
+
+    Example:
+        >>> [float(each) for each in nearby(torch.tensor(0.3), 2)]
+        [0.25, 0.375, 0.1875, 0.5, 0.125, 0.75]
+    """
+    below, above = neighbours(step, bits)
+    found = [below, above]
+    for _ in range(REACH - 1):
+        below, above = neighbours(below * (1 - 2.0 ** -(bits + 1)), bits)[0], neighbours(above, bits)[1]
+        found += [below, above]
+    return found
 
 
 class _Rounded(torch.autograd.Function):

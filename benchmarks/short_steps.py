@@ -4,9 +4,9 @@
     ... --bits w2a2 --steps off,3,8 --reconstruct 400
 
 One network is quantized without (``off``) and with steps of N significant bits, on the same images, and optionally
-reconstructed. Of each: top-1, agreement with the float network, and a file of style ``qdq``, verified; ``exact`` is the
-file of that style without short steps. All files take turns on one thread: medians and minima of the rounds, relative to
-``qdq`` without short steps.
+reconstructed. Of each: top-1, agreement with the float network, and a file of style ``qdq``, verified; ``exact`` is
+the file of that style without short steps. All files take turns on one thread: medians and minima of the rounds,
+relative to ``qdq`` without short steps.
 """
 
 import logging
@@ -76,8 +76,8 @@ def milliseconds(paths: dict[str, Path], size: tuple[int, ...], batch: int, roun
 def table(found: dict[str, Any]) -> str:
     """Rows of Markdown."""
     rows = [
-        "| steps | top-1 | agrees with float | file: best class as PyTorch | largest difference | exact by construction "
-        "| ms | times off |",
+        "| steps | top-1 | agrees with float | file: best class as PyTorch | largest difference "
+        "| exact by construction | ms | times off |",
         "|--" * 8 + "|",
     ]
     for name, row in found["variants"].items():

@@ -17,7 +17,7 @@ from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.short_steps.absorb import absorb_norms, absorbed_norms
-from saqcli.quant.short_steps.rounding import bits_that_fit, lowest_bit, neighbours, rounded
+from saqcli.quant.short_steps.rounding import bits_that_fit, lowest_bit, nearby, neighbours, rounded
 from saqcli.verify.exactness import inexact_places
 
 
@@ -69,6 +69,14 @@ def test_rounding_of_a_step(step: float, bits: int) -> None:
     assert found in (below, above)
     assert torch.equal(rounded(found, bits), found)
     assert abs(found - x) <= min(x - below, above - x)
+
+
+@given(st.floats(1e-6, 1e6), st.integers(1, 8))
+def test_short_steps_around_a_step_follow_each_other(step: float, bits: int) -> None:
+    found = torch.stack(nearby(torch.tensor(step), bits)).sort().values
+    assert significant_bits(found) <= bits
+    assert found[2] <= torch.tensor(step) <= found[3]
+    assert all(torch.equal(neighbours(one, bits)[1], two) for one, two in zip(found, found[1:], strict=False))
 
 
 def test_channels_far_below_the_largest_keep_their_steps() -> None:

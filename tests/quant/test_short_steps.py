@@ -1,6 +1,7 @@
 """Short steps: sums that are exact in float32 in any order, in every quantizer, file and graph."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_short_steps_around_a_step_follow_each_other(step: float, bits: int) -> 
     found = torch.stack(nearby(torch.tensor(step), bits)).sort().values
     assert significant_bits(found) <= bits
     assert found[2] <= torch.tensor(step) <= found[3]
-    assert all(torch.equal(neighbours(one, bits)[1], two) for one, two in zip(found, found[1:], strict=False))
+    assert all(torch.equal(neighbours(one, bits)[1], two) for one, two in pairwise(found))
 
 
 def test_channels_far_below_the_largest_keep_their_steps() -> None:

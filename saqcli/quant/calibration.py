@@ -204,11 +204,12 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
         samples[owner] += samples.pop(name)
     for name, layer in quantized_layers(model).items():
         linear = not is_convolution(layer)
-        if isinstance(layer.weight_quantizer, Quantizer):
-            _start(layer.weight_quantizer, layer.effective_weight().detach(), clip_init, linear)
         if isinstance(layer.input_quantizer, Quantizer) and name not in shared:
             drawn = torch.cat(samples[name]).to(layer.latent_weight().device)
             _start(layer.input_quantizer, drawn, clip_init, linear)
+        if isinstance(layer.weight_quantizer, Quantizer):
+            weight = layer.effective_weight().detach()
+            _start(layer.weight_quantizer, weight, clip_init, linear, layer.least_step())
     for name, place in activation_places(model).items():
         quantizer = place.quantizer
         if isinstance(place.holder, QuantizedLayer) or name in shared or not isinstance(quantizer, Quantizer):
@@ -257,9 +258,11 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor | Call]) -
                 norm.momentum = momentum
 
 
-def _start(quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool) -> None:
+def _start(
+    quantizer: Quantizer, x: Tensor, clip_init: ClipInit, linear: bool, least: Tensor | None = None
+) -> None:
     if clip_init == "paper":
         quantizer.fit_as_published(x, linear=linear)
     else:
         quantizer.fit(x)
-    quantizer.settle(x)
+    quantizer.settle(x, least)

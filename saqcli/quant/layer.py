@@ -27,7 +27,7 @@ from saqcli.quant.junctions.places import Place
 from saqcli.quant.kernels.saved import rounded_again
 from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers.base import Quantizer
-from saqcli.quant.short_steps.rounding import bits_that_fit, rounded_bias
+from saqcli.quant.short_steps.rounding import bits_that_fit, least_step, rounded_bias
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -119,6 +119,21 @@ class QuantizedLayer(nn.Module):
             return None
         weights, _ = weights.fold(owner.latent_weight())
         return weights.step().flatten() * inputs.step()
+
+    @torch.no_grad()
+    def least_step(self) -> Tensor | None:
+        """The least steps of the weight, in their shape, with which the bias leaves room for exact sums; None for any.
+
+        To be called when the step of the input is known.
+        """
+        weights, inputs, bias = self.weight_quantizer, self.input_quantizer, self._parameters.get("bias")
+        if bias is None or not (isinstance(weights, Quantizer) and isinstance(inputs, Quantizer)):
+            return None
+        if weights.step_bits is None or inputs.step_bits is None:
+            return None
+        least = least_step(bias, inputs.step(), weights.step_bits + inputs.step_bits)
+        channels = self.latent_weight().shape[self.channel_dim] if weights.shape else 1
+        return least.view(-1, channels).amax(0).view(weights.shape)
 
     def allot_step_bits(self) -> None:
         """Give the steps of weights and input their significant bits; to be called when bits change.

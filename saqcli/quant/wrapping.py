@@ -94,6 +94,7 @@ _RESERVED = (
         "quantized_input",
         "quantized_bias",
         "unit_of_sums",
+        "least_step",
         "allot_step_bits",
         "bits",
         "channel_dim",

@@ -340,13 +340,19 @@ class _Walk:
         )  # rounded once; a runtime may fuse multiply and add
 
     def _reducesum(self, node: Any) -> _Values:
-        x, count = self._of(node.input[0]).whole(), self._ratio(node)
+        x, count = self._of(node.input[0]), self._ratio(node)
+        x = x if x.axis == 1 and self._keeps_channels(node) else x.whole()
         if not x.settled:
             return _unknown(x.layer)
         if x.unit is None or count is None:
             self._report(node, x.layer, "a sum of values that were rounded")
             return _unknown(x.layer)
-        return self._sum(node, x.layer, x.low * count, x.high * count, x.unit, None)
+        return self._sum(node, x.layer, x.low * count, x.high * count, x.unit, x.axis)
+
+    def _keeps_channels(self, node: Any) -> bool:
+        """Whether a sum is one over positions, of each channel."""
+        axes = self.constants.get(node.input[1]) if len(node.input) > 1 else None
+        return axes is not None and bool((np.asarray(axes) > 1).all())
 
     def _mean(self, node: Any) -> _Values:
         x, count = self._of(node.input[0]).whole(), self._ratio(node)

@@ -62,9 +62,11 @@ def prove_graph(
     compared = shared if deployed is None else SharedProof(deployed)
     runs = _sessions(path, one_by_one=exporter.one_by_one or exact) | {PYTORCH: compared.pytorch}
     form = shared.form(exporter, first[:2]) if exporter.bit_equal else None
-    exactly = form if form is not None else compared.pytorch if exact else None
+    exactly = form if form is not None else compared.pytorch if inexact is not None else None
     reference = compared.reference(first[:1]) if exactly is None else exactly
     verdicts = compare(reference, runs | others, batches, count, progress)
+    if inexact and form is None and any(verdicts[name].max_abs_diff for name in runs):  # not equal after all
+        verdicts = compare(compared.reference(first[:1]), runs | others, batches, count, progress)
     pytorch = verdicts.pop(PYTORCH)
     for each in verdicts.values():
         each.pytorch_agreement, each.pytorch_difference = pytorch.argmax_agreement, pytorch.mean_abs_diff

@@ -1,6 +1,7 @@
 """Short steps: sums that are exact in float32 in any order, in every quantizer, file and graph."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import QUANTIZERS, Quantizer
 from saqcli.quant.short_steps.absorb import absorb_norms, absorbed_norms
-from saqcli.quant.short_steps.rounding import bits_that_fit, lowest_bit, neighbours, rounded
+from saqcli.quant.short_steps.rounding import bits_that_fit, lowest_bit, nearby, neighbours, rounded
 from saqcli.verify.exactness import inexact_places
 
 
@@ -71,8 +72,50 @@ def test_rounding_of_a_step(step: float, bits: int) -> None:
     assert abs(found - x) <= min(x - below, above - x)
 
 
-def test_channels_far_below_the_largest_get_its_256th() -> None:
-    assert rounded(torch.tensor([1.0, 1e-9]), 3).tolist() == [1.0, 2.0**-8]
+@given(st.floats(1e-6, 1e6), st.integers(1, 8))
+def test_short_steps_around_a_step_follow_each_other(step: float, bits: int) -> None:
+    found = torch.stack(nearby(torch.tensor(step), bits)).sort().values
+    assert significant_bits(found) <= bits
+    assert found[2] <= torch.tensor(step) <= found[3]
+    assert all(torch.equal(neighbours(one, bits)[1], two) for one, two in pairwise(found))
+
+
+def test_channels_far_below_the_largest_keep_their_steps() -> None:
+    assert rounded(torch.tensor([1.0, 2.0**-20]), 3).tolist() == [1.0, 2.0**-20]
+
+
+class Spread(nn.Module):
+    """A depthwise convolution whose channels differ by 2**12, one of them dead; its norm undoes the difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.depthwise, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.norm.weight.data = torch.logspace(0, -12, 8, 2)
+        self.norm.bias.data.fill_(2.0**-14)
+        self.norm.weight.data[7], self.norm.bias.data[7] = 1e-9, 3.0
+        self.next, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu6(self.norm(self.depthwise(nn.functional.relu(self.stem(x)))))
+        return self.fc(nn.functional.relu6(self.next(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_steps_of_channels_may_lie_far_apart(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    network = Spread().eval()
+    errors = []
+    for bits in (None, 3):
+        seen: list[Tensor] = []
+        model = quantized(network, short_steps=bits)
+        model.norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+        model(IMAGES)
+        exact = network.norm(network.depthwise(network.stem(IMAGES).relu()))
+        errors.append((seen[0] - exact).square().mean((0, 2, 3)) / exact.var((0, 2, 3), correction=0))
+    assert (errors[1][:7] < 2 * errors[0][:7] + 0.01).all()  # the dead channel has no variance
+    _, verdict = exported(model, tmp_path / "m.onnx")
+    assert verdict["exact_by_construction"] is True
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if QUANTIZERS[name].activation])

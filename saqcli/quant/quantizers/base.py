@@ -20,7 +20,7 @@ from saqcli.errors import ConfigError
 from saqcli.quant.clip_init import SQUARED, best_level, reduce_to
 from saqcli.quant.grid import AnyGrid, LevelTable, WeightGrid, activations, codes_of, step_of, weights
 from saqcli.quant.kernels.choice import KernelKind
-from saqcli.quant.short_steps.rounding import neighbours, short_level, span
+from saqcli.quant.short_steps.rounding import nearby, short_level, span
 
 Granularity = Literal["channel", "tensor"]
 
@@ -103,10 +103,15 @@ class Quantizer(nn.Module, ABC):
         """Fit the parameters of all candidates to ``x``."""
 
     @torch.no_grad()
-    def settle(self, x: Tensor) -> None:
-        """Move the active steps, fitted to ``x``, to the better one of their two short neighbours.
+    def settle(self, x: Tensor, least: Tensor | None = None) -> None:
+        """Move the active steps, fitted to ``x``, to the best one of the short steps around them.
 
-        Nearest is not best: a step that is too small clips, which costs more than rounding.
+        Nearest is not best: a step that is too small clips, which costs more than rounding, and the error of few
+        weights, such as those of a depthwise convolution, has several minima.
+
+        Args:
+            x: what it quantizes.
+            least: the least steps, in ``shape``; None for any.
         """
         bits = self.step_bits
         scales = [name for name in ("clipping_level", "step_size") if hasattr(self, name)]
@@ -119,11 +124,13 @@ class Quantizer(nn.Module, ABC):
             step = self.step()
         finally:
             self.step_bits = bits
-        best, least = fitted, torch.full_like(fitted, torch.inf)
-        for short in neighbours(step, bits):
+        best, lowest = fitted, torch.full_like(fitted, torch.inf)
+        for short in nearby(step if least is None else torch.maximum(step, least), bits):
             row.copy_(fitted * (short / step))
             error = reduce_to((self(x) - x).abs_().pow_(self.error_power), self.shape, "sum")
-            best, least = torch.where(error < least, row, best), torch.minimum(error, least)
+            if least is not None:
+                error = torch.where(short < least, torch.inf, error)
+            best, lowest = torch.where(error < lowest, row, best), torch.minimum(error, lowest)
         row.copy_(best)
 
     def fits(self) -> tuple[Callable[[Tensor], None], ...]:

@@ -48,7 +48,7 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
         finally:
             quantizer.step_bits = bits
         if possible:
-            quantizer.settle(weight.detach())
+            quantizer.settle(weight.detach(), layer.least_step())
         return possible
     shape = [-1 if d == layer.channel_dim else 1 for d in range(weight.dim())]
     factors = factors.double().view(shape)

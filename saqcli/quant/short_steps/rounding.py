@@ -12,8 +12,9 @@ blocking no longer matter, and every kernel with IEEE arithmetic gives the same 
 weights are, at most those that were asked for. Where not even powers of two fit, the layer has these; whether its sums
 are exact then depends on its weights (``verify.exactness``).
 
-Steps of channels stay within ``SPREAD`` bits of the largest: channels whose weights are almost zero, which trained
-networks have, would otherwise have units so small that a bias or another branch has too many of them.
+Every channel has a step of its own, however far below the others: gains of depthwise layers spread over 2**9 and more.
+Only its bias limits it (``least_step``). A bias is a whole number of units too, and channels whose weights are almost
+zero, which trained networks have, would need more than 2**24 of them.
 
 Rounding is straight through: the gradient of a step is that of the rounded one.
 """
@@ -29,10 +30,8 @@ from saqcli.quant.grid import AnyGrid, LevelTable, ShiftedGrid
 
 MOST_BITS = 8  # of a step; a level, the step times a code of 8 bits, stays exact
 SIGNIFICANT = 24  # bits of a float32 number
-LEAST_STEP = (
-    2.0**-30
-)  # of the largest step; ``grid.TINY``, to which kernels limit levels, is still far below others
-SPREAD = 8  # bits between the steps of channels
+REACH = 3  # short steps that are tried on either side of a fitted one
+LEAST_STEP = 2.0**-32  # ``grid.TINY``, to which kernels limit levels, is still below
 
 
 def short_step(step: Tensor, bits: int | None) -> Tensor:
@@ -54,10 +53,8 @@ def short_level(level: Tensor, highest: float, bits: int | None) -> Tensor:
 
 
 def rounded(step: Tensor, bits: int) -> Tensor:
-    """The numbers with ``bits`` significant bits nearest to ``step``; none is far below the largest of them."""
-    largest = step.amax().clamp_min(LEAST_STEP)
-    least = largest / torch.frexp(largest).mantissa * 2.0 ** -(SPREAD + 1)  # powers of two, exactly
-    step = torch.maximum(step, least)
+    """The numbers with ``bits`` significant bits nearest to ``step``, at least ``LEAST_STEP``."""
+    step = step.clamp_min(LEAST_STEP)
     whole = torch.frexp(step).mantissa * 2.0**bits
     return whole.round() * (step / whole)
 
@@ -71,6 +68,22 @@ def neighbours(step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     whole = torch.frexp(step).mantissa * 2.0**bits
     return whole.floor() * (step / whole), (whole.floor() + 1) * (step / whole)
+
+
+def nearby(step: Tensor, bits: int) -> list[Tensor]:
+    """Numbers with ``bits`` significant bits around ``step``, positive: its neighbours first, then ``REACH`` in all on
+    either side.
+
+    Example:
+        >>> [float(each) for each in nearby(torch.tensor(0.3), 2)]
+        [0.25, 0.375, 0.1875, 0.5, 0.125, 0.75]
+    """
+    below, above = neighbours(step, bits)
+    found = [below, above]
+    for _ in range(REACH - 1):
+        below, above = neighbours(below * (1 - 2.0 ** -(bits + 1)), bits)[0], neighbours(above, bits)[1]
+        found += [below, above]
+    return found
 
 
 class _Rounded(torch.autograd.Function):
@@ -107,6 +120,24 @@ class _RoundedBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+def least_step(bias: Tensor, step: Tensor | float, bits: int) -> Tensor:
+    """The least steps of weights with which a bias takes at most half of the 24 bits of a sum.
+
+    Args:
+        bias: of the channels.
+        step: of the input.
+        bits: significant bits of the product of both steps.
+
+    Returns:
+        Positive, in the shape of ``bias``.
+
+    Example:
+        >>> least_step(torch.tensor([2.0, 0.0]), 0.5, 6).tolist() == [2.0**-15, LEAST_STEP]
+        True
+    """
+    return (bias.abs() / (step * 2.0 ** (SIGNIFICANT - 1 - bits))).clamp_min(LEAST_STEP)
 
 
 def span(grid: AnyGrid) -> float:

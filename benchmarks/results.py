@@ -42,7 +42,7 @@ def page() -> str:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("results/*.json"))]
     steps = [r for r in found if r["benchmark"] == "step_time"]
     peers = [r for r in found if r["benchmark"].startswith("peers/")]
-    targets = [r for r in found if r["benchmark"] == "targets"]
+    targets = [r for r in found if r["benchmark"] in ("targets", "openvino_files")]
     others = [r for r in found if r not in steps and r not in peers and r not in targets]
     sections = [HEAD, *map(steps_section, steps)]
     if peers:
@@ -106,22 +106,30 @@ def peers_section(results: Sequence[Result]) -> str:
 def targets_section(result: Result) -> str:
     """The files of one network for ONNX Runtime."""
     batches = list(map(str, result["batch_sizes"]))
-    head = ["file", "MB", "operators on integers, in float", "top-1", *(f"batch {each}" for each in batches)]
+    runtime = "ONNX Runtime" if "onnxruntime" in result else "OpenVINO"
+    head = ["file", "operators on integers, in float", "top-1", *(f"batch {each}" for each in batches)]
     rows = [
         [
             name,
-            f"{file['size_bytes'] / 1e6:.2f}",
-            f"{file['kernels']['integer']}, {file['kernels']['floating']}",
+            in_integers(file),
             number(file["top1"], ".2f"),
             *(speed(file["times"][each]) for each in batches),
         ]
         for name, file in result["files"].items()
     ]
-    rows += [[name, why, "", "", *("" for _ in batches)] for name, why in result["errors"].items()]
+    rows += [[name, why, "", *("" for _ in batches)] for name, why in result["errors"].items()]
     scored = f"top-1 of {result['images']} images" if result["images"] else "random weights"
-    title = f"## Files for ONNX Runtime {result['onnxruntime']}: {result['model']}, {scored}"
+    version = result.get("onnxruntime") or result["openvino"].partition("-")[0]
+    title = f"## Files for {runtime} {version}: {result['model']}, {scored}"
     note = f"Times faster than float, fastest of {result['rounds']} rounds (median; milliseconds)."
     return f"{title}\n\n{origin(result)}\n\n{note}\n\n{table(head, rows)}\n"
+
+
+def in_integers(file: Result) -> str:
+    """How many operators, or layers in OpenVINO, run on integers and in floating point."""
+    if "kernels" in file:
+        return f"{file['kernels']['integer']}, {file['kernels']['floating']}"
+    return f"{file['integer']}, {file['products'] - file['integer']} layers"
 
 
 def speed(times: dict[str, float]) -> str:

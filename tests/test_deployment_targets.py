@@ -183,7 +183,7 @@ def test_export_refuses_runs_without_the_targets_quantizers(tmp_path: Path) -> N
     saqcli.save(net, path)
     net = saqcli.load(path, model=small_net())
     metadata = metadata_of(net)
-    assert style_for(metadata, net, None, None) == style_for(metadata, net, None, "openvino") == "qdq"
+    assert style_for(metadata, net, None, None) == style_for(metadata, net, None, "openvino") == "qdq-vnni"
     assert style_for(metadata, net, None, "tensorrt") == "trt"
     with pytest.raises(ConfigError, match="style trt, not qdq"):
         style_for(metadata, net, "qdq", "tensorrt")

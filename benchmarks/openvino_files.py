@@ -1,0 +1,174 @@
+"""OpenVINO: milliseconds and top-1 of files for target ``openvino`` beside NNCF's post-training quantization.
+
+    OMP_NUM_THREADS=1 python benchmarks/openvino_files.py --weights FILE --data cifar10 --images 2000 [--json]
+    OMP_NUM_THREADS=1 python benchmarks/openvino_files.py --model torchvision/resnet18 --random
+
+NNCF is not a dependency of saq: install ``nncf`` and ``openvino`` in an environment of their own. It quantizes the
+float file (``nncf.quantize``, its defaults and ``TargetDevice.CPU``) on the images that this project's files are
+calibrated on. All files take turns on one thread; figures are minima and medians, relative to float.
+"""
+
+import logging
+import statistics
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import openvino
+import torch
+from common import facts, in_turns, plain_parser, show
+from targets import CALIBRATION, Files, export_float, images_of
+
+import saqcli as saq
+from saqcli.cli.options import parse_assignments, parse_numbers
+
+OURS = {
+    "qdq w8a8": ("w8a8", "qdq"),
+    "qdq-vnni w8a8": ("w8a8", "qdq-vnni"),
+    "qdq w7a8": ("w7a8", "qdq"),
+    "qdq w4a8": ("w4a8", "qdq"),
+}
+
+
+def compiled(path: Path) -> Any:
+    """The file on one thread, other operators in float32."""
+    settings = {
+        "INFERENCE_NUM_THREADS": 1,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    return openvino.Core().compile_model(path, "CPU", settings)
+
+
+def by_nncf(source: Path, path: Path, images: torch.Tensor) -> None:
+    """NNCF's post-training file, in OpenVINO's format."""
+    import nncf
+
+    model = openvino.Core().read_model(source)
+    data = nncf.Dataset(list(images.split(1)), lambda image: {"images": image.numpy()})
+    found = nncf.quantize(model, data, target_device=nncf.TargetDevice.CPU, subset_size=CALIBRATION)
+    openvino.save_model(found, path, compress_to_fp16=False)
+
+
+def ours(net: torch.nn.Module, path: Path, images: torch.Tensor, bits: str, style: str) -> None:
+    """A file for target ``openvino``, without its proof."""
+    pins = None if bits == "w4a8" else {"*": bits}
+    quantized = saq.quantize_model(
+        net, bits, calibration=list(images.split(16)), target="openvino", pins=pins, weight_grid="zero"
+    )
+    saq.export_onnx(quantized, path, style, verify=[images[:2]])
+
+
+def integer_layers(model: Any) -> tuple[int, int]:
+    """How many convolutions and matrix products run on integers, and how many there are."""
+    layers = [
+        node.get_rt_info()
+        for node in model.get_runtime_model().get_ops()
+        if "layerType" in node.get_rt_info()
+    ]
+    kinds = [
+        (str(info["layerType"].astype(str)), str(info["runtimePrecision"].astype(str))) for info in layers
+    ]
+    products = [precision for kind, precision in kinds if kind in ("Convolution", "FullyConnected", "MatMul")]
+    return sum(precision in ("i8", "u8") for precision in products), len(products)
+
+
+def top1(model: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Percent of correct classes."""
+    right = sum(
+        int((model(images.numpy())[0].argmax(1) == labels.numpy()).sum()) for images, labels in batches
+    )
+    return 100 * right / sum(len(labels) for _, labels in batches)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Rows of Markdown."""
+    batches = [str(each) for each in found["batch_sizes"]]
+    lines = [
+        f"| file | layers on integers | top-1 | {' | '.join(f'batch {each}: ms, times float' for each in batches)} |",
+        "|--" * (3 + len(batches)) + "|",
+    ]
+    for name, row in found["files"].items():
+        times = [
+            f"{row['times'][each]['least_ms']:.2f}, {row['times'][each]['speedup_least']:.2f}"
+            for each in batches
+        ]
+        score = "" if row["top1"] is None else f"{row['top1']:.2f}"
+        lines.append(f"| {name} | {row['integer']} of {row['products']} | {score} | {' | '.join(times)} |")
+    return "\n".join([*lines, *(f"no {name}: {reason}" for name, reason in found["errors"].items())])
+
+
+def main() -> None:
+    """Measure one network."""
+    options = plain_parser(__doc__)
+    options.add_argument("--model", default="saq/resnet20")
+    options.add_argument("--weights")
+    options.add_argument("--random", action="store_true", help="random weights, for times only")
+    options.add_argument("--data")
+    options.add_argument("--model-kwargs")
+    options.add_argument("--mean")
+    options.add_argument("--std")
+    options.add_argument("--images", type=int, default=1000, help="labelled images that top-1 is measured on")
+    options.add_argument("--batch-sizes", default="1,16")
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    wanted = options.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    net = saq.load_model(
+        wanted.model,
+        weights=wanted.weights,
+        pretrained=not wanted.random,
+        mean=parse_numbers(wanted.mean, "--mean") if wanted.mean else None,
+        std=parse_numbers(wanted.std, "--std") if wanted.std else None,
+        **(parse_assignments(wanted.model_kwargs, "--model-kwargs") if wanted.model_kwargs else {}),
+    )
+    preprocessing = saq.info(net).preprocessing
+    assert preprocessing is not None  # of networks by name
+    size = tuple(preprocessing.input_size)
+    calibration, labelled = images_of(net, wanted.data, wanted.images, size)
+    batch_sizes = [int(each) for each in wanted.batch_sizes.split(",")]
+    with tempfile.TemporaryDirectory(prefix="saq-") as folder:
+        files, root = Files(), Path(folder)
+        files.add("float", root / "float.onnx", lambda path: export_float(net, wanted.model, size, path))
+        files.add("nncf", root / "nncf.xml", lambda path: by_nncf(root / "float.onnx", path, calibration))
+        for name, kind in OURS.items():
+            files.add(name, root / f"{name}.onnx", lambda path, k=kind: ours(net, path, calibration, *k))
+        models = {name: compiled(path) for name, path in files.paths.items()}
+        rows: dict[str, Any] = {}
+        for name, model in models.items():
+            integer, products = integer_layers(model)
+            score = top1(model, labelled) if labelled else None
+            rows[name] = {"integer": integer, "products": products, "top1": score, "times": {}}
+        for batch in batch_sizes:
+            images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).numpy()
+            steps = {name: partial(model, images) for name, model in models.items()}
+            for step in steps.values():
+                step()
+                step()
+            seconds = in_turns(steps, wanted.rounds)
+            for name, spent in seconds.items():
+                rows[name]["times"][str(batch)] = {
+                    "median_ms": round(1e3 * statistics.median(spent), 3),
+                    "least_ms": round(1e3 * min(spent), 3),
+                    "speedup": round(statistics.median(seconds["float"]) / statistics.median(spent), 3),
+                    "speedup_least": round(min(seconds["float"]) / min(spent), 3),
+                }
+    found = facts("openvino_files") | {
+        "model": wanted.model,
+        "batch_sizes": batch_sizes,
+        "rounds": wanted.rounds,
+        "images": sum(len(labels) for _, labels in labelled),
+        "openvino": openvino.__version__,
+        "files": rows,
+        "errors": files.errors,
+    }
+    show(wanted, found, table(found))
+
+
+if __name__ == "__main__":
+    main()

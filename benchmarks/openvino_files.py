@@ -10,8 +10,10 @@ calibrated on. All files take turns on one thread; figures are minima and median
 
 import logging
 import statistics
+import sys
 import tempfile
 import warnings
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ def by_nncf(source: Path, path: Path, images: torch.Tensor) -> None:
 
     model = openvino.Core().read_model(source)
     data = nncf.Dataset(list(images.split(1)), lambda image: {"images": image.numpy()})
-    found = nncf.quantize(model, data, target_device=nncf.TargetDevice.CPU, subset_size=CALIBRATION)
+    with redirect_stdout(sys.stderr):  # its progress
+        found = nncf.quantize(model, data, target_device=nncf.TargetDevice.CPU, subset_size=CALIBRATION)
     openvino.save_model(found, path, compress_to_fp16=False)
 
 

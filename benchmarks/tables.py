@@ -58,7 +58,37 @@ def variations() -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"reconstruction": reconstruction, "variations": variations}
+def searches() -> str:
+    """Top-1 after calibration alone at every searcher's policy, from ``searchers.py --epochs 0``."""
+    rows = [
+        "| network, budget | MBOPs | uniform | best untied uniform | error | fisher | swaps | seconds of error, fisher, swaps |",
+        "|--|--|--|--|--|--|--|--|",
+    ]
+    lines = read(FOLDER / "results" / "searches.jsonl")
+    for members in _groups(lines, "model", "budget"):
+        found = {line["name"]: line for line in members}
+        untied = [line for line in members if line["name"].startswith("untied")]
+        best = max(untied, key=lambda line: line["calibrated"])
+        highest = max(line["calibrated"] for line in members)
+        cells = [
+            f"**{line['calibrated']:.2f}**" if line["calibrated"] == highest else f"{line['calibrated']:.2f}"
+            for line in (found["uniform"], best, *(found[name] for name in SEARCHED))
+        ]
+        cells[1] += f" ({best['name'].removeprefix('untied ')})"
+        seconds = ", ".join(f"{found[name]['cpu_seconds']:.0f}" for name in SEARCHED)
+        first = members[0]
+        rows.append(
+            f"| `{first['model']}`, {first['budget']} | {first['budget_bops'] / 1e6:.0f} | {' | '.join(cells)} | {seconds} |"
+        )
+    return "\n".join(rows)
+
+
+SEARCHED = ("error", "fisher", "swaps")
+TABLES: dict[str, Callable[[], str]] = {
+    "reconstruction": reconstruction,
+    "variations": variations,
+    "searches": searches,
+}
 
 
 def _variation(options: list[str]) -> str:

@@ -61,7 +61,7 @@ def variations() -> str:
 def searches() -> str:
     """Top-1 after calibration alone at every searcher's policy, from ``searchers.py --epochs 0``."""
     rows = [
-        "| network, budget | MBOPs | uniform | best untied uniform | error | fisher | swaps | seconds of error, fisher, swaps |",
+        "| network, budget | MBOPs | uniform | best untied uniform | error | fisher | swaps | seconds of these three |",
         "|--|--|--|--|--|--|--|--|",
     ]
     lines = read(FOLDER / "results" / "searches.jsonl")
@@ -78,7 +78,8 @@ def searches() -> str:
         seconds = ", ".join(f"{found[name]['cpu_seconds']:.0f}" for name in SEARCHED)
         first = members[0]
         rows.append(
-            f"| `{first['model']}`, {first['budget']} | {first['budget_bops'] / 1e6:.0f} | {' | '.join(cells)} | {seconds} |"
+            f"| `{first['model']}`, {first['budget']} | {first['budget_bops'] / 1e6:.0f} | {' | '.join(cells)} | "
+            f"{seconds} |"
         )
     return "\n".join(rows)
 

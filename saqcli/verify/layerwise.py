@@ -197,7 +197,7 @@ def fed(
     """Within the context every activation quantizer returns the codes of its recorded call, whatever its input is.
 
     Args:
-        model: a copy of the model of ``calls``, of any type; quantizers that only it has return the codes of their input.
+        model: a copy of the model of ``calls``, of any type; quantizers that only it has act as always.
         calls: from ``recorded``.
         see: is given each call, the quantizer and its input in ``model``.
     """

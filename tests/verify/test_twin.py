@@ -157,6 +157,19 @@ def of_two(op: str) -> Callable[[Dice], Built]:
     return build
 
 
+def hard_swish(dice: Dice) -> Built:
+    """The codes of x with another step, a constant code, a product."""
+    file = QdqFile(tuple(int(size) for size in dice.integers(1, 9, 3)))
+    step_x, zero_x = step(dice), zero(dice)
+    x = file.quantized("x", step_x, zero_x)
+    sixth = [file.constant(np.float32(step_x / 6)), file.constant(np.array(zero_x, np.uint8))]
+    sixth_of_x = file.node("DequantizeLinear", [file.nodes[-1].input[0], *sixth])
+    half = file.weight(np.array(1, np.uint8), 0.5, None)
+    gate = file.quantized(file.node("Add", [sixth_of_x, half]), 1 / 255, 0)
+    y = file.node("Mul", [x, gate])
+    return file, file.quantized(y, step_x * float(np.exp(dice.uniform(-0.7, 0.3))), zero(dice)), 4
+
+
 def concat(dice: Dice) -> Built:
     """One operand on the grid of the result, two on other grids."""
     file = QdqFile(tuple(int(size) for size in dice.integers(1, 9, 3)))
@@ -216,6 +229,7 @@ BUILDERS: dict[str, Callable[[Dice], Built]] = {
     "matmul": matmul,
     "add": of_two("Add"),
     "mul": of_two("Mul"),
+    "hard swish": hard_swish,
     "concat": concat,
     "global average pool": of_one("GlobalAveragePool"),
     "average pool": of_one("AveragePool"),

@@ -1,13 +1,13 @@
 """Gates in integers: hard swish, SiLU and hard sigmoid from operators that ONNX Runtime has integer kernels for.
 
     hardsigmoid(x) = clip(x / 6 + 1/2, 0, 1)
-        codes of x -- DQ (a sixth of the step) -- Add(1/2) -- Q          one QLinearAdd; codes saturate as values are clipped
+        codes of x -- DQ (a sixth of the step) -- Add(1/2) -- Q     one QLinearAdd, whose codes saturate
     hardswish(x) = x * hardsigmoid(x),  silu(x) = x * sigmoid(x)
-        x -- gate -- Q (step 1/255) -- DQ -- Mul(x) -- Q                 one QLinearAdd or QLinearSigmoid, one QLinearMul
+        x -- gate -- Q (step 1/255) -- DQ -- Mul(x) -- Q            one QLinearAdd or QLinearSigmoid, one QLinearMul
 
-A hard sigmoid has the values that it has in PyTorch: rounding to a grid is monotone, so Q(clip(x)) = clip(Q(x)). The gate
-inside of a hard swish or SiLU is a tensor that the trained model does not round. Here it has 8 bits on 0 ... 1, which
-moves the product by up to x / 510. As with biases (``bias``), the PyTorch model that a file is compared with has the
+A hard sigmoid has the codes that it has in PyTorch: rounding to a grid is monotone, so Q(clip(x)) = clip(Q(x)). The
+gate inside a hard swish or SiLU is a tensor that the trained model does not round. Here it has 8 bits on 0 ... 1, which
+moves the product by up to |x| / 510. As with biases (``bias``), the PyTorch model that a file is compared with has the
 same rounding (``split_gates``), and the verdict says how many codes this moves.
 """
 
@@ -71,21 +71,24 @@ def split_gates(frozen: nn.Module) -> nn.Module:
 
 
 def use_sums(graph: ir.Graph) -> None:
-    """Write hard sigmoids between quantizers as a product, a sum and a Clip, which the quantizer takes the place of."""
+    """Write hard sigmoids between quantizers as product, sum and Clip; ``narrow_ranges`` then removes the Clip.
+
+    PyTorch's exporter always writes slope and offset, ``alpha`` and ``beta``.
+    """
     quantizers = placeholders(graph, "QuantizeInput")
     for node in quantizers:
         gate = node.inputs[0].producer() if node.inputs[0] is not None else None
         if gate is None or gate.op_type != "HardSigmoid":
             continue
         x, layer = gate.inputs[0], text(node, "layer")
-        slope, offset = (_attribute(gate, name) for name in ("alpha", "beta"))
+        slope, offset = (np.float32(gate.attributes[name].as_float()) for name in ("alpha", "beta"))
         if x is None or x.producer() not in quantizers or slope <= 0 or offset <= 0:
             continue
-        one = [constant(graph, f"{layer}.offset{end}", each) for end, each in _stored(offset)]
+        stored = {"offset": np.uint8(1), "offset_step": offset, "offset_zero": np.uint8(0)}
         ends = [constant(graph, f"{layer}.{end:g}", np.float32(end)) for end in (0.0, 1.0)]
         product = ir.node("Mul", [x, constant(graph, f"{layer}.slope", slope)])
         product.meta[_RESCALES] = True
-        summand = ir.node("DequantizeLinear", one)
+        summand = ir.node("DequantizeLinear", [constant(graph, f"{layer}.{k}", v) for k, v in stored.items()])
         total = ir.node("Add", [product.outputs[0], summand.outputs[0]])
         limit = ir.node("Clip", [total.outputs[0], *ends])
         for each in (product, total, limit):
@@ -94,16 +97,6 @@ def use_sums(graph: ir.Graph) -> None:
         node.replace_input_with(0, limit.outputs[0])
         if not consumers(gate.outputs[0]):
             graph.remove(gate, safe=True)
-
-
-def _attribute(gate: ir.Node, name: str) -> np.float32:
-    default = {"alpha": 0.2, "beta": 0.5}[name]
-    return np.float32(gate.attributes[name].as_float() if name in gate.attributes else default)
-
-
-def _stored(offset: np.float32) -> tuple[tuple[str, Any], ...]:
-    """The inputs of a DequantizeLinear that returns ``offset``, with suffixes of their names."""
-    return ("", np.uint8(1)), (".step", offset), (".zero", np.uint8(0))
 
 
 def rescale(graph: ir.Graph) -> None:

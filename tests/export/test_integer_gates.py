@@ -183,6 +183,7 @@ def test_every_quantizer_of_a_hard_sigmoid_has_a_sum_of_its_own() -> None:
         )
         assert slope == np.float32(0.2)
         assert one * step == np.float32(0.4)
+        assert one.shape == (1, 1)  # of the rank of x
 
 
 @pytest.mark.parametrize(

@@ -158,14 +158,17 @@ def of_two(op: str) -> Callable[[Dice], Built]:
 
 
 def hard_swish(dice: Dice) -> Built:
-    """The codes of x with another step, a constant code, a product."""
-    file = QdqFile(tuple(int(size) for size in dice.integers(1, 9, 3)))
+    """The codes of x with another step, a constant code, perhaps a product; where x is 0, the sum is nearly a tie."""
+    pixels = dice.integers(1, 9, 2) if dice.random() < 0.5 else np.ones(2)
+    file = QdqFile((int(dice.integers(1, 40)), *(int(size) for size in pixels)))
     step_x, zero_x = step(dice), zero(dice)
-    x = file.quantized("x", step_x, zero_x)
+    x = file.quantized(file.node("Relu", ["x"]), step_x, zero_x)
     sixth = [file.constant(np.float32(step_x / 6)), file.constant(np.array(zero_x, np.uint8))]
     sixth_of_x = file.node("DequantizeLinear", [file.nodes[-1].input[0], *sixth])
-    half = file.weight(np.array(1, np.uint8), 0.5, None)
+    half = file.weight(np.ones([1] * int(dice.choice([0, 1, 3, 4])), np.uint8), 0.5, None)
     gate = file.quantized(file.node("Add", [sixth_of_x, half]), 1 / 255, 0)
+    if dice.random() < 0.5:
+        return file, gate, 4
     y = file.node("Mul", [x, gate])
     return file, file.quantized(y, step_x * float(np.exp(dice.uniform(-0.7, 0.3))), zero(dice)), 4
 

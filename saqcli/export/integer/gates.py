@@ -84,7 +84,9 @@ def use_sums(graph: ir.Graph) -> None:
         slope, offset = (np.float32(gate.attributes[name].as_float()) for name in ("alpha", "beta"))
         if x is None or x.producer() not in quantizers or slope <= 0 or offset <= 0:
             continue
-        stored = {"offset": np.uint8(1), "offset_step": offset, "offset_zero": np.uint8(0)}
+        # ONNX Runtime adds an operand of lower rank to (N, C, 1, 1) element by element
+        one = np.ones([1] * (0 if x.shape is None else len(x.shape)), np.uint8)
+        stored = {"offset": one, "offset_step": offset, "offset_zero": np.uint8(0)}
         ends = [constant(graph, f"{layer}.{end:g}", np.float32(end)) for end in (0.0, 1.0)]
         product = ir.node("Mul", [x, constant(graph, f"{layer}.slope", slope)])
         product.meta[_RESCALES] = True

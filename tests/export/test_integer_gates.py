@@ -154,7 +154,9 @@ def hard_sigmoid(slope: float, offset: float, readers: int = 1, *, quantized: bo
     def placeholder(value: ir.Value, step: float, layer: str) -> ir.Node:
         attributes = {"lowest": 0, "highest": 255, "bits": 8, "layer": layer}
         initializer = ir.Value(name=f"{layer}.step", const_value=ir.tensor(np.float32(step)))
-        return ir.node("QuantizeInput", [value, initializer], attributes=attributes, domain=DOMAIN)
+        node = ir.node("QuantizeInput", [value, initializer], attributes=attributes, domain=DOMAIN)
+        node.outputs[0].shape = value.shape
+        return node
 
     nodes = [placeholder(x, 0.1, "a")] if quantized else []
     gate = ir.node(

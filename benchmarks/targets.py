@@ -35,7 +35,7 @@ from saqcli.quant import convert
 from saqcli.quant.bits import BitConfig
 from saqcli.verify.runtime import open_file
 
-JUNCTIONS = ("add", "mul", "concat_shared", "pool", "sigmoid", "hardsigmoid", "hardswish")
+JUNCTIONS = ("add", "mul", "concat_shared", "pool", "sigmoid", "hardsigmoid", "hardswish", "silu")
 CALIBRATION = 64  # images
 # Name: style, bits, grid of the weights, whether junctions are quantized.
 OURS: dict[str, tuple[str, str, str, bool]] = {

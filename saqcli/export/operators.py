@@ -176,14 +176,19 @@ class FrozenInput(nn.Module):
     step: Tensor
     levels: Tensor
 
-    def __init__(self, quantizer: Quantizer, layer: str) -> None:
+    def __init__(self, grid: Grid | LevelTable, bits: int, step: Tensor, layer: str) -> None:
         super().__init__()
-        grid = quantizer.grid()
-        self.grid = grid if isinstance(grid, LevelTable) else _integer_grid(quantizer)
-        self.bits, self.layer = quantizer.bits, layer
-        self.register_buffer("step", quantizer.step().detach().reshape(()).clone())
-        codes = self.grid.codes if isinstance(self.grid, LevelTable) else ()
+        self.grid, self.bits, self.layer = grid, bits, layer
+        self.register_buffer("step", step.detach().reshape(()).clone())
+        codes = grid.codes if isinstance(grid, LevelTable) else ()
         self.register_buffer("levels", torch.tensor(codes, dtype=torch.float32))
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, layer: str) -> "FrozenInput":
+        """The frozen form of ``quantizer``."""
+        grid = quantizer.grid()
+        grid = grid if isinstance(grid, LevelTable) else _integer_grid(quantizer)
+        return cls(grid, quantizer.bits, quantizer.step(), layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid."""
@@ -254,6 +259,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         quantizer = place.quantizer
         if isinstance(quantizer, Quantizer):
             if quantizer not in inputs:
-                inputs[quantizer] = FrozenInput(quantizer, label(name))
+                inputs[quantizer] = FrozenInput.of(quantizer, label(name))
             place.put(inputs[quantizer])
     return frozen

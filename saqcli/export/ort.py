@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from saqcli.export import onnx_helpers
 from saqcli.export.integer import bias as integer_bias
+from saqcli.export.integer import gates
 from saqcli.export.integer import graph as integer_graph
 from saqcli.export.onnx_helpers import BYTE_SPAN, UINT4_SPAN, array_of, constant, insert_before, number, text
 from saqcli.export.style import Coding, OnnxStyle, integer_codes
@@ -55,13 +56,14 @@ class OrtExporter(OnnxStyle):
     saturating = False  # whether sums of two products may exceed 16 bits
 
     def form(self, frozen: nn.Module, example: Tensor) -> nn.Module:
-        """The model with biases on the grids of their accumulators."""
-        return integer_bias.round_biases(frozen, example)
+        """The model with rounded gates, and with biases on the grids of their accumulators."""
+        return integer_bias.round_biases(gates.split_gates(frozen), example)
 
     def lower(self, model: ir.Model) -> None:
-        """Replace the placeholders, then pad codes instead of values."""
+        """Replace the placeholders, then pad and rescale codes instead of values."""
         super().lower(model)
         integer_graph.pad_codes(model.graph)
+        gates.rescale(model.graph)
 
     def prepare(self, graph: ir.Graph) -> None:
         """Fold norms, arrange the graph for integer kernels, and separate the biases that are left in float."""

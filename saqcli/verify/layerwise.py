@@ -197,14 +197,16 @@ def fed(
     """Within the context every activation quantizer returns the codes of its recorded call, whatever its input is.
 
     Args:
-        model: a copy of the model of ``calls``, of any type.
+        model: a copy of the model of ``calls``, of any type; quantizers that only it has act as always.
         calls: from ``recorded``.
         see: is given each call, the quantizer and its input in ``model``.
     """
     done: dict[str, int] = defaultdict(int)
 
-    def feed(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    def feed(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor | None:
         assert isinstance(module, FrozenInput)
+        if module.layer not in calls:
+            return None
         call = calls[module.layer][done[module.layer]]
         done[module.layer] += 1
         see(call, module, inputs[0])

@@ -157,6 +157,22 @@ def of_two(op: str) -> Callable[[Dice], Built]:
     return build
 
 
+def hard_swish(dice: Dice) -> Built:
+    """The codes of x with another step, a constant code, perhaps a product; where x is 0, the sum is nearly a tie."""
+    pixels = dice.integers(1, 9, 2) if dice.random() < 0.5 else np.ones(2)
+    file = QdqFile((int(dice.integers(1, 40)), *(int(size) for size in pixels)))
+    step_x, zero_x = step(dice), zero(dice)
+    x = file.quantized(file.node("Relu", ["x"]), step_x, zero_x)
+    sixth = [file.constant(np.float32(step_x / 6)), file.constant(np.array(zero_x, np.uint8))]
+    sixth_of_x = file.node("DequantizeLinear", [file.nodes[-1].input[0], *sixth])
+    half = file.weight(np.ones([1] * int(dice.choice([0, 1, 3, 4])), np.uint8), 0.5, None)
+    gate = file.quantized(file.node("Add", [sixth_of_x, half]), 1 / 255, 0)
+    if dice.random() < 0.5:
+        return file, gate, 4
+    y = file.node("Mul", [x, gate])
+    return file, file.quantized(y, step_x * float(np.exp(dice.uniform(-0.7, 0.3))), zero(dice)), 4
+
+
 def concat(dice: Dice) -> Built:
     """One operand on the grid of the result, two on other grids."""
     file = QdqFile(tuple(int(size) for size in dice.integers(1, 9, 3)))
@@ -216,6 +232,7 @@ BUILDERS: dict[str, Callable[[Dice], Built]] = {
     "matmul": matmul,
     "add": of_two("Add"),
     "mul": of_two("Mul"),
+    "hard swish": hard_swish,
     "concat": concat,
     "global average pool": of_one("GlobalAveragePool"),
     "average pool": of_one("AveragePool"),

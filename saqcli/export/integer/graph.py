@@ -9,6 +9,7 @@ the function:
     Transpose(weight) -- MatMul -- Add(bias)     Reshape -- Gemm -- Reshape, whose bias is that of a layer
     MaxPool, Concat, Reshape ... -- Q            Q -- MaxPool ... -- Q, with the same step: it only moves codes
     ReLU, Clip -- Q                   Q, with a narrower range of codes: rounding to the grid is monotone
+    HardSigmoid -- Q                  Add -- Q (``gates``)
 
 The bias of every layer is an INT32 in units of input step times weight step, the unit of its accumulator. This changes
 the function by up to half a unit; ``bias`` does the same to the PyTorch model that a file is compared with.
@@ -20,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from saqcli.export import onnx_helpers
+from saqcli.export.integer import gates
 from saqcli.export.integer.bias import grid_bias
 from saqcli.export.onnx_helpers import array_of, consumers, number, placeholders
 
@@ -354,6 +356,7 @@ ARRANGEMENT: tuple[Step, ...] = (
     use_gemms,
     move_quantizers,
     close_moves,
+    gates.use_sums,
     narrow_ranges,
     mark_sources,
     round_biases,

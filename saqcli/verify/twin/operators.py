@@ -218,16 +218,13 @@ def add(node: Node, values: list[Any], machine: Machine) -> Any:
 def _scalar_operands(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[bool, bool]:
     """Whether an operand is one value for each row of the broadcast result that the runtime handles at once.
 
-    ``BroadcastLooper`` walks over rows of the innermost dimensions that both operands share or one lacks.
+    ``Broadcaster`` begins rows at the innermost dimension in which an operand is larger than 1, at the latest at the
+    first dimension of the operand that has fewer. There both may be 1: the rows have one element.
     """
-    rank = max(len(a), len(b))
-    one, other = (1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b
-    for x, y in zip(reversed(one), reversed(other), strict=True):
-        if x != y:
-            return x == 1, y == 1
-        if x > 1:
-            return False, False
-    return False, False
+    dims = range(1, max(1, min(len(a), len(b))) + 1)
+    sizes = [tuple(shape[-dim] if dim <= len(shape) else 1 for shape in (a, b)) for dim in dims]
+    x, y = next((pair for pair in sizes if max(pair) > 1), sizes[-1])
+    return x == 1, x != 1 and y == 1
 
 
 def multiplication(node: Node, values: list[Any], machine: Machine) -> Any:

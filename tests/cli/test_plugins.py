@@ -124,7 +124,10 @@ def test_broken_plugins_are_a_line_each(found: Any) -> None:
     [
         ("import error", "searcher crash of package saq-broken is disabled"),
         ("wrong type", "not a SearcherEntry: mend or remove that package, or choose another"),
-        ("unknown", "there is no searcher 'magic': choose from samq, asga, hawq, sensitivity, random, error"),
+        (
+            "unknown",
+            "there is no searcher 'magic': choose from samq, asga, hawq, sensitivity, fisher, swaps, random, error",
+        ),
         ("unknown", "uniform, other, twice"),
         ("instrument", "instrument crash of package saq-broken is disabled, it cannot be loaded"),
         ("quantizer", "quantizer crash of package saq-broken is disabled"),

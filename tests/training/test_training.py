@@ -13,7 +13,7 @@ from saqcli.errors import DataError, TrainingDiverged
 from saqcli.progress import Task
 from saqcli.tasks.classification import Meter, Score
 from saqcli.training.loop import evaluate, train_epoch
-from saqcli.training.minimizers import MINIMIZERS, Chunk, Passes
+from saqcli.training.minimizers import MINIMIZERS, Chunk, Minimizer, Passes
 from saqcli.training.minimizers.cases import SAQ
 from saqcli.training.minimizers.qat import QAT
 from saqcli.training.objective import Objective
@@ -150,7 +150,8 @@ def test_empty_evaluation_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
 # Epochs.
 
 
-@pytest.mark.parametrize("method", MINIMIZERS)
+# A step of MSAM has one pass, at the perturbed point.
+@pytest.mark.parametrize("method", [name for name in MINIMIZERS if name != "msam"])
 def test_epoch_metrics_are_unperturbed(method: str) -> None:
     model = quantize(NETWORKS["token_mlp"]).model
     still = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -253,7 +254,7 @@ def test_interrupted_epoch_resumes_bit_identically(method: str, stopped_at: int)
     def augmented() -> list[tuple[Tensor, Tensor]]:
         return ((x + 0.1 * torch.randn_like(x), labels) for x, labels in batches(6))  # type: ignore[return-value]
 
-    def start() -> tuple[nn.Module, torch.optim.Optimizer, object]:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, Minimizer]:
         model = quantize(network).model
         base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         return model, base, MINIMIZERS[method](model, base, **taken(method, rho=0.1))
@@ -275,7 +276,9 @@ def test_interrupted_epoch_resumes_bit_identically(method: str, stopped_at: int)
     with pytest.raises(_Stop):
         one_epoch(first, minimizer, augmented(), meter=meter, after_step=stop)
 
+    kept = minimizer.state_dict()
     second, other, minimizer = start()
+    minimizer.load_state_dict(kept)
     second.load_state_dict(first.state_dict())
     other.load_state_dict(base.state_dict())
     torch.manual_seed(99)

@@ -10,6 +10,7 @@ from saqcli._version import __version__
 
 _PUBLIC = {
     "ASAQ": "saqcli.training.minimizers",
+    "MSAM": "saqcli.training.minimizers",
     "BitConfig": "saqcli.quant.bits",
     "Budget": "saqcli.quant.cost",
     "Case1": "saqcli.training.minimizers",

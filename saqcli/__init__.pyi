@@ -29,6 +29,7 @@ from saqcli.quant.bits import BitConfig as BitConfig
 from saqcli.quant.bits import LayerBits as LayerBits
 from saqcli.quant.cost import Budget as Budget
 from saqcli.training.minimizers import ASAQ as ASAQ
+from saqcli.training.minimizers import MSAM as MSAM
 from saqcli.training.minimizers import QAT as QAT
 from saqcli.training.minimizers import SAM as SAM
 from saqcli.training.minimizers import SAQ as SAQ

@@ -203,13 +203,9 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
     for name, owner in shared.items():
         samples[owner] += samples.pop(name)
     for name, layer in quantized_layers(model).items():
-        linear = not is_convolution(layer)
         if isinstance(layer.input_quantizer, Quantizer) and name not in shared:
             drawn = torch.cat(samples[name]).to(layer.latent_weight().device)
-            _start(layer.input_quantizer, drawn, clip_init, linear)
-        if isinstance(layer.weight_quantizer, Quantizer):
-            weight = layer.effective_weight().detach()
-            _start(layer.weight_quantizer, weight, clip_init, linear, layer.least_step())
+            _start(layer.input_quantizer, drawn, clip_init, not is_convolution(layer))
     for name, place in activation_places(model).items():
         quantizer = place.quantizer
         if isinstance(place.holder, QuantizedLayer) or name in shared or not isinstance(quantizer, Quantizer):
@@ -217,6 +213,10 @@ def fit(model: nn.Module, statistics: Mapping[str, InputStatistics], clip_init: 
         device = next(chain(quantizer.parameters(), quantizer.buffers(), model.parameters())).device
         start = clip_init if isinstance(place.holder, QuantizedProduct) else "error"
         _start(quantizer, torch.cat(samples[name]).to(device), start, linear=False)
+    for layer in quantized_layers(model).values():  # after all inputs, which bound the steps of weights
+        if isinstance(layer.weight_quantizer, Quantizer):
+            weight = layer.effective_weight().detach()
+            _start(layer.weight_quantizer, weight, clip_init, not is_convolution(layer), layer.least_step())
     if clip_init == "output":
         with without_requantization(model):
             for name, layer in quantized_layers(model).items():

@@ -181,6 +181,7 @@ class Scorer:
         targets: as of ``float_targets``; None for those of the problem's model.
 
     Attributes:
+        at: the network of a configuration.
         scored: all scores so far, by choice.
         targets: what divergences are measured from.
     """
@@ -193,14 +194,14 @@ class Scorer:
     ) -> None:
         self.problem = problem
         self.targets = float_targets(problem) if targets is None else targets
-        self._at = CalibratedNetwork(problem).at if at is None else at
+        self.at = CalibratedNetwork(problem).at if at is None else at
         self.scored: dict[tuple[int, ...], Scored] = {}
 
     def __call__(self, choice: Sequence[int]) -> Scored:
         """Score ``choice``."""
         key = tuple(choice)
         if key not in self.scored:
-            self.scored[key] = self._measure(key, self._at(choice).eval())
+            self.scored[key] = self._measure(key, self.at(choice).eval())
         return self.scored[key]
 
     @torch.no_grad()

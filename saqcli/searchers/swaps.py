@@ -53,19 +53,19 @@ class Swaps:
         """Measure the starts, then swaps of the best."""
         space, budget = problem.space, problem.budget
         space.check_reachable(budget)
-        problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
         kept = problem.memory.load() or {}
         losses: Losses = kept.get("losses") or divergences(problem, self.images)
-        noise = relative_noise(problem)
-        scorer = Scorer(problem)
-
-        def propose(budget: Budget) -> list[list[int]]:
-            return list(map(list, _starts(space, budget, losses, noise)))
-
-        best = score_all(problem, scorer, propose(budget), {"losses": losses})
+        starts = _starts(space, budget, losses, relative_noise(problem))
+        report = Scorer(problem)  # on all scoring images
+        problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
+        scorer = Scorer(problem, report.at)
+        best = score_all(problem, scorer, starts, {"losses": losses})
         if not budget.admits(space.ceiling):
             best = self._descend(problem, scorer, best, losses)
-        return SearchResult(list(best.choice), propose, scorer, list(scorer.scored.values()))
+        choice = list(best.choice)
+        return SearchResult(
+            choice, lambda budget: [best_choice(space, budget, losses)], report, [report(choice)]
+        )
 
     def _first(self, problem: SearchProblem) -> list[Batch]:
         """Whole batches of the scoring images."""

@@ -18,7 +18,7 @@ from saqcli.tasks import classification
 from saqcli.training.minimizers import MINIMIZERS, Minimizer
 from saqcli.training.objective import Objective
 from saqcli.training.options import accepted
-from saqcli.training.perturbation import default_rho
+from saqcli.training.perturbation import PerturbedSet, default_rho
 from saqcli.units import counted
 
 
@@ -147,6 +147,24 @@ def make_minimizer(
     return make(model, optimizer, **options)
 
 
+def check_perturbed(minimizer: Minimizer, training: TrainingSection) -> None:
+    """Refuse ``training.perturb`` if the network has nothing of it.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    found = getattr(minimizer, "set", None)
+    if (
+        training.perturb != "all"
+        and isinstance(found, PerturbedSet)
+        and not (found.layers or found.parameters)
+    ):
+        raise ConfigError(
+            f"`training.perturb={training.perturb}` was asked for and the network has no trained {training.perturb} "
+            "(short steps fold norms into layers): use `training.perturb=all`, or another method"
+        )
+
+
 def _perturbed(make: Any, training: TrainingSection) -> tuple[str, ...] | None:
     """The kinds that ``training.perturb`` means; None for those of the method."""
     if training.perturb == "weights":
@@ -209,6 +227,15 @@ def _check_reuse(training: TrainingSection) -> None:
     if training.ascent_fraction < 1 and MINIMIZERS.find(training.method).wants_plain:
         raise ConfigError(
             f"method {training.method} compares gradients of the same images: remove `training.ascent_fraction`"
+        )
+    cheaper = {
+        "ascent_fraction": training.ascent_fraction < 1,
+        "ascent_precision": training.ascent_precision != "same",
+    }
+    given = [f"`training.{name}`" for name, asked in cheaper.items() if asked]
+    if given and MINIMIZERS.find(training.method).one_pass:
+        raise ConfigError(
+            f"method {training.method} has no pass for the ascent that could be cheaper: remove {', '.join(given)}"
         )
     if training.sam_reuse and (training.sam_interval == 1 or training.ascent_fraction < 1):
         raise ConfigError(

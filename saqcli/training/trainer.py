@@ -25,7 +25,13 @@ from saqcli.training.best import Best
 from saqcli.training.execution import Execution, choose
 from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers.base import check_epoch
-from saqcli.training.optimizer import make_minimizer, make_objective, make_optimizer, make_schedule
+from saqcli.training.optimizer import (
+    check_perturbed,
+    make_minimizer,
+    make_objective,
+    make_optimizer,
+    make_schedule,
+)
 from saqcli.training.step import Recovery, Stepper
 from saqcli.units import counted, format_figure
 
@@ -161,6 +167,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, training, len(batches))
         steps = len(batches) * training.epochs
         self.minimizer = make_minimizer(model, self.optimizer, training, image_size, steps)
+        check_perturbed(self.minimizer, training)
         self.average = Average(model, training.ema_decay) if training.ema_decay else None
         self.recovery = Recovery(training.micro_batch, patience=training.skip_steps)
         objective = make_objective(training, device, num_classes, teacher)

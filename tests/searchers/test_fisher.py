@@ -14,8 +14,8 @@ from saqcli.quant.search_space import Candidates
 from saqcli.searchers import Scorer, closeness
 from saqcli.searchers.divergences import _inputs, _movements, _weight_errors, divergences
 from saqcli.searchers.problem import SearchProblem
-from saqcli.searchers.separable import Key
-from saqcli.searchers.swaps import Swaps, untied_uniforms
+from saqcli.searchers.separable import Key, relative_noise
+from saqcli.searchers.swaps import Swaps, _starts, untied_uniforms
 from tests.support.searching import Stopping, fresh, random_problem, tiny_problem
 
 
@@ -106,9 +106,20 @@ def test_swaps_are_never_worse_than_a_uniform_configuration(seed: int) -> None:
 def test_swap_is_kept_where_sums_mislead() -> None:
     problem = random_problem(21)
     found = Swaps(images=8, swaps=12).search(fresh(problem))
-    starts = found.propose(problem.budget)
+    losses = divergences(fresh(problem), 8)
+    starts = _starts(problem.space, problem.budget, losses, relative_noise(fresh(problem)))
     scorer = Scorer(fresh(problem))
     assert closeness(scorer(found.choice)) < min(closeness(scorer(start)) for start in starts)
+
+
+def test_swaps_report_scores_on_all_scoring_images() -> None:
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 3)))
+    images, labels = problem.images.scoring[0]
+    scoring = [(images, labels), (images.flip(0), labels.flip(0)), (images * 0.5, labels)]
+    problem = replace(problem, images=replace(problem.images, scoring=scoring))
+    found = Swaps(images=4, scoring=1, swaps=4).search(fresh(problem))
+    assert found.score is not None
+    assert found.scored == [found.score(found.choice)] == [Scorer(fresh(problem))(found.choice)]
 
 
 def test_uniform_pairs_are_the_widest() -> None:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from saqcli.config import TrainingSection
+from saqcli.config import TrainingSection, resolve
 from saqcli.errors import ConfigError
 from saqcli.quant.convert import wrap
-from saqcli.training.minimizers import MINIMIZERS, Minimizer
+from saqcli.training.minimizers import MINIMIZERS, MSAM, Minimizer
 from saqcli.training.minimizers.sharpness_aware import SharpnessAware
-from saqcli.training.optimizer import make_minimizer, make_optimizer
+from saqcli.training.optimizer import check_training, make_minimizer, make_optimizer
 from saqcli.training.trainer import Trainer
-from tests.support.networks import NETWORKS, quantize
+from tests.support.networks import NETWORKS, images, quantize
 
 
 class Plain(Minimizer):
@@ -97,3 +97,29 @@ def test_settings_of_ascents_are_not_ignored(
     training = TrainingSection(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=next(iter(settings))):
         make_minimizer(model, make_optimizer(model, training), training, side=32)
+
+
+@pytest.mark.parametrize("method", ["saq", "msam"])
+def test_kinds_that_the_network_lacks_are_refused(method: str) -> None:
+    training = TrainingSection(method=method, perturb="norms", sharpness_from=0.5)
+    model = nn.Sequential(nn.Linear(1, 1))
+    wrap(model)
+    with pytest.raises(ConfigError, match=r"`training.perturb=norms` was asked for and the network has no"):
+        Trainer(model, [(torch.randn(2, 1), torch.zeros(2).long())], training, num_classes=1, image_size=2)
+
+
+@pytest.mark.parametrize("setting", [{"ascent_fraction": 0.5}, {"ascent_precision": "bfloat16"}])
+def test_one_pass_has_no_cheaper_ascent(setting: dict[str, object]) -> None:
+    options = {"model.name": "saq/resnet20", "training.method": "msam"}
+    options |= {f"training.{name}": value for name, value in setting.items()}  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        check_training(resolve(options=options))
+
+
+def test_momentum_outside_the_optimizer_perturbs_nothing() -> None:
+    model = quantize(NETWORKS["conv_bn"]).model.train()
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    base = torch.optim.SGD([p for p in model.parameters() if id(p) not in norms], lr=0.1)
+    minimizer = MSAM(model, base, rho=0.3, perturb=["norms"])
+    for seed in range(3):
+        minimizer.step(lambda seed=seed: model(images(4, seed)).square().mean())  # type: ignore[misc]

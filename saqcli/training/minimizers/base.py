@@ -252,6 +252,8 @@ class Minimizer:
         description: one phrase for lists of methods.
         wants_plain: whether ``descend`` receives the gradients at the unperturbed weights. Since it compares them with
             those at the perturbed point, both passes must see the same images: ``training.ascent_fraction`` is refused.
+        one_pass: whether an ascent takes no pass of its own, so that ``training.ascent_fraction`` and
+            ``ascent_precision`` have no effect and are refused.
         ignored: settings above that may be given though they have no effect: a baseline accepts what others need.
         model: whose weights are trained; its float class, or wrapped by DistributedDataParallel or ``torch.compile``.
         base: the optimizer that updates the weights.
@@ -267,6 +269,7 @@ class Minimizer:
 
     description: ClassVar[str] = ""
     wants_plain: ClassVar[bool] = False
+    one_pass: ClassVar[bool] = False
     ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, base: torch.optim.Optimizer) -> None:

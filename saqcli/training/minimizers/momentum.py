@@ -1,6 +1,6 @@
 """MSAM: sharpness-aware at the price of plain training, since the ascent follows past gradients and needs no pass.
 
-    m <- beta m + g                              g: the gradient that the base optimizer gets
+    m <- beta m + g                              g: the gradient of the step, before clipping
     e_p = rho * T_p**2 m_p / ||T m||             m of a quantized weight is that of its float weight
 
 Source: Becker et al., arXiv:2401.12033, which perturbs all weights; T and the perturbed set are those of SAQ.
@@ -39,6 +39,7 @@ class MSAM(SharpnessAware):
         ConfigError: ``beta`` is out of range, or as in ``SharpnessAware``.
     """
 
+    one_pass = True
     description = "perturbs quantized weights along the momentum, at the price of one pass"
     reference = staticmethod(reference.msam)
 
@@ -70,6 +71,8 @@ class MSAM(SharpnessAware):
         moved = [*(layer.latent_weight() for layer in self.set.layers), *self.set.parameters]
         tied = [bool(layer.tied_to) for layer in self.set.layers] + [False] * len(self.set.parameters)
         along = [None if twice else known.get(id(p)) for p, twice in zip(moved, tied, strict=True)]
+        if all(direction is None for direction in along):  # the base optimizer updates nothing of it
+            return None
         perturbation = self.set.ascent(along, self.rho, self.rho_unit)
         return Ascent(None, self._at(perturbation), [perturbation.norm])
 

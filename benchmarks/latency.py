@@ -9,23 +9,21 @@ bits of the table and 8 bits everywhere, and these files are exported, proved an
 both of processor time on one thread, on which other work on the machine has little influence.
 """
 
-import logging
 import statistics
 import tempfile
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import torch
-from common import facts, in_turns, plain_parser, show
-from targets import Files, export_float, images_of, session, top1
+from common import facts, in_turns, show
+from targets import Files, export_float, file_options, opened, session, top1
 
 import saqcli as saq
 from saqcli.api.arguments import space_for, widths_of
 from saqcli.api.budgets import priced
-from saqcli.cli.options import parse_assignments, parse_numbers
+from saqcli.cli.options import parse_assignments
 from saqcli.config import ModelSection, QuantizationSection
 from saqcli.pipelines.latency.measure import LatencySettings, measure_latency
 from saqcli.pipelines.setup import load_float, wrap_and_trace
@@ -40,34 +38,13 @@ PS = 1e9  # picoseconds of a millisecond, the unit in which tables of times are 
 
 def main() -> None:
     """Measure one network."""
-    options = plain_parser(__doc__)
-    options.add_argument("--model", default="saq/resnet20")
-    options.add_argument("--weights")
-    options.add_argument("--random", action="store_true", help="random weights, for times only")
-    options.add_argument("--data")
-    options.add_argument("--model-kwargs")
-    options.add_argument("--mean")
-    options.add_argument("--std")
+    options = file_options(__doc__, rounds=50)
     options.add_argument("--style", default="ort")
     options.add_argument("--widths", default="w8a8,w7a8,w4a8,w8a4,w4a4", help="of the table")
     options.add_argument("--shares", default="0,0.25,0.5,0.75", help="budgets, from the cheapest to w8a8")
-    options.add_argument("--images", type=int, default=1000, help="labelled images that top-1 is measured on")
-    options.add_argument("--rounds", type=int, default=50)
-    options.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     wanted = options.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
+    net, size, calibration, labelled = opened(wanted)
     more = parse_assignments(wanted.model_kwargs, "--model-kwargs") if wanted.model_kwargs else {}
-    mean, std = (parse_numbers(text, "") if text else None for text in (wanted.mean, wanted.std))
-    net = saq.load_model(
-        wanted.model, weights=wanted.weights, pretrained=not wanted.random, mean=mean, std=std, **more
-    )
-    preprocessing = saq.info(net).preprocessing
-    assert preprocessing is not None  # of networks by name
-    size = tuple(preprocessing.input_size)
-    calibration, labelled = images_of(net, wanted.data, wanted.images, size)
-
     place = find_deployment(TARGET)
     section = ModelSection(
         name=wanted.model, weights=wanted.weights, pretrained=not wanted.random, kwargs=more

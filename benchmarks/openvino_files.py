@@ -8,23 +8,18 @@ float file (``nncf.quantize``, its defaults and ``TargetDevice.CPU``) on the ima
 calibrated on. All files take turns on one thread; figures are minima and medians, relative to float.
 """
 
-import logging
-import statistics
 import sys
 import tempfile
-import warnings
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openvino
 import torch
-from common import facts, in_turns, plain_parser, show
-from targets import CALIBRATION, Files, export_float, images_of
+from common import facts, show
+from targets import CALIBRATION, Files, export_float, file_options, measure, opened
 
 import saqcli as saq
-from saqcli.cli.options import parse_assignments, parse_numbers
 
 OURS = {
     "qdq w8a8": ("w8a8", "qdq"),
@@ -106,34 +101,10 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure one network."""
-    options = plain_parser(__doc__)
-    options.add_argument("--model", default="saq/resnet20")
-    options.add_argument("--weights")
-    options.add_argument("--random", action="store_true", help="random weights, for times only")
-    options.add_argument("--data")
-    options.add_argument("--model-kwargs")
-    options.add_argument("--mean")
-    options.add_argument("--std")
-    options.add_argument("--images", type=int, default=1000, help="labelled images that top-1 is measured on")
+    options = file_options(__doc__)
     options.add_argument("--batch-sizes", default="1,16")
-    options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     wanted = options.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    net = saq.load_model(
-        wanted.model,
-        weights=wanted.weights,
-        pretrained=not wanted.random,
-        mean=parse_numbers(wanted.mean, "--mean") if wanted.mean else None,
-        std=parse_numbers(wanted.std, "--std") if wanted.std else None,
-        **(parse_assignments(wanted.model_kwargs, "--model-kwargs") if wanted.model_kwargs else {}),
-    )
-    preprocessing = saq.info(net).preprocessing
-    assert preprocessing is not None  # of networks by name
-    size = tuple(preprocessing.input_size)
-    calibration, labelled = images_of(net, wanted.data, wanted.images, size)
+    net, size, calibration, labelled = opened(wanted)
     batch_sizes = [int(each) for each in wanted.batch_sizes.split(",")]
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
         files, root = Files(), Path(folder)
@@ -142,25 +113,12 @@ def main() -> None:
         for name, kind in OURS.items():
             files.add(name, root / f"{name}.onnx", lambda path, k=kind: ours(net, path, calibration, *k))
         models = {name: compiled(path) for name, path in files.paths.items()}
+        times = measure(models, size, batch_sizes, wanted.rounds)
         rows: dict[str, Any] = {}
         for name, model in models.items():
             integer, products = integer_layers(model)
             score = top1(model, labelled) if labelled else None
-            rows[name] = {"integer": integer, "products": products, "top1": score, "times": {}}
-        for batch in batch_sizes:
-            images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).numpy()
-            steps = {name: partial(model, images) for name, model in models.items()}
-            for step in steps.values():
-                step()
-                step()
-            seconds = in_turns(steps, wanted.rounds)
-            for name, spent in seconds.items():
-                rows[name]["times"][str(batch)] = {
-                    "median_ms": round(1e3 * statistics.median(spent), 3),
-                    "least_ms": round(1e3 * min(spent), 3),
-                    "speedup": round(statistics.median(seconds["float"]) / statistics.median(spent), 3),
-                    "speedup_least": round(min(seconds["float"]) / min(spent), 3),
-                }
+            rows[name] = {"integer": integer, "products": products, "top1": score, "times": times[name]}
     found = facts("openvino_files") | {
         "model": wanted.model,
         "batch_sizes": batch_sizes,

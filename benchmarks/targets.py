@@ -10,11 +10,12 @@ without VNNI; and this project's styles, calibrated on the same images without t
 figures are medians and minima of the rounds, relative to float.
 """
 
+import argparse
 import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from common import facts, in_turns, plain_parser, show
+from common import add_json, facts, in_turns, plain_parser, show
 from torch import nn
 
 import saqcli as saq
@@ -37,6 +38,7 @@ from saqcli.verify.runtime import open_file
 
 JUNCTIONS = ("add", "mul", "concat_shared", "pool", "sigmoid", "hardsigmoid", "hardswish", "silu")
 CALIBRATION = 64  # images
+LabelledImages = list[tuple[torch.Tensor, torch.Tensor]]
 # Name: style, bits, grid of the weights, whether junctions are quantized.
 OURS: dict[str, tuple[str, str, str, bool]] = {
     "qdq w8a8": ("qdq", "w8a8", "zero", False),
@@ -140,13 +142,14 @@ def session(path: Path) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def measure(files: Files, size: tuple[int, ...], batch_sizes: list[int], rounds: int) -> dict[str, Any]:
-    """Milliseconds of every file by batch size."""
-    sessions = {name: session(path) for name, path in files.paths.items()}
-    found: dict[str, Any] = {name: {} for name in sessions}
+def measure(
+    runs: Mapping[str, Callable[[Any], object]], size: tuple[int, ...], batch_sizes: list[int], rounds: int
+) -> dict[str, Any]:
+    """Milliseconds of every file by batch size; a run takes images (N, C, H, W), and one is called float."""
+    found: dict[str, Any] = {name: {} for name in runs}
     for batch in batch_sizes:
         images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).numpy()
-        steps = {name: partial(each.run, None, {"images": images}) for name, each in sessions.items()}
+        steps = {name: partial(run, images) for name, run in runs.items()}
         for step in steps.values():
             for _ in range(2):
                 step()
@@ -159,6 +162,11 @@ def measure(files: Files, size: tuple[int, ...], batch_sizes: list[int], rounds:
                 "speedup_least": round(min(times["float"]) / min(seconds), 3),
             }
     return found
+
+
+def feeding(each: Any) -> Callable[[Any], object]:
+    """Runs a session of ONNX Runtime on images."""
+    return lambda images: each.run(None, {"images": images})
 
 
 def top1(path: Path, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -181,9 +189,44 @@ def kernels(path: Path) -> dict[str, int]:
     }
 
 
+def file_options(description: str | None, rounds: int = 15) -> argparse.ArgumentParser:
+    """The options of scripts that compare files of one network."""
+    options = plain_parser(description)
+    options.add_argument("--model", default="saq/resnet20")
+    options.add_argument("--weights")
+    options.add_argument("--random", action="store_true", help="random weights, for times only")
+    options.add_argument("--data")
+    options.add_argument("--model-kwargs")
+    options.add_argument("--mean")
+    options.add_argument("--std")
+    options.add_argument("--images", type=int, default=1000, help="labelled images that top-1 is measured on")
+    options.add_argument("--rounds", type=int, default=rounds)
+    add_json(options)
+    return options
+
+
+def opened(wanted: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...], torch.Tensor, LabelledImages]:
+    """The network of ``file_options``, its input size, images to calibrate on, and labelled ones."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    net = saq.load_model(
+        wanted.model,
+        weights=wanted.weights,
+        pretrained=not wanted.random,
+        mean=parse_numbers(wanted.mean, "--mean") if wanted.mean else None,
+        std=parse_numbers(wanted.std, "--std") if wanted.std else None,
+        **(parse_assignments(wanted.model_kwargs, "--model-kwargs") if wanted.model_kwargs else {}),
+    )
+    preprocessing = saq.info(net).preprocessing
+    assert preprocessing is not None  # of networks by name
+    size = tuple(preprocessing.input_size)
+    return net, size, *images_of(net, wanted.data, wanted.images, size)
+
+
 def images_of(
     net: nn.Module, data: str | None, count: int, size: tuple[int, ...]
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, LabelledImages]:
     """Images to calibrate on, and labelled ones; noise and none of these without data."""
     if data is None:
         return torch.randn(CALIBRATION, *size, generator=torch.Generator().manual_seed(1)), []
@@ -213,36 +256,11 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure one network."""
-    options = plain_parser(__doc__)
-    options.add_argument("--model", default="saq/resnet20")
-    options.add_argument("--weights")
-    options.add_argument("--random", action="store_true", help="random weights, for times only")
-    options.add_argument("--data")
-    options.add_argument("--model-kwargs")
-    options.add_argument("--mean")
-    options.add_argument("--std")
-    options.add_argument("--images", type=int, default=1000, help="labelled images that top-1 is measured on")
+    options = file_options(__doc__)
     options.add_argument("--batch-sizes", default="1,16")
-    options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--only", help="names of files besides float, with commas")
-    options.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     wanted = options.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    more = parse_assignments(wanted.model_kwargs, "--model-kwargs") if wanted.model_kwargs else {}
-    net = saq.load_model(
-        wanted.model,
-        weights=wanted.weights,
-        pretrained=not wanted.random,
-        mean=parse_numbers(wanted.mean, "--mean") if wanted.mean else None,
-        std=parse_numbers(wanted.std, "--std") if wanted.std else None,
-        **more,
-    )
-    preprocessing = saq.info(net).preprocessing
-    assert preprocessing is not None  # of networks by name
-    size = tuple(preprocessing.input_size)
-    calibration, labelled = images_of(net, wanted.data, wanted.images, size)
+    net, size, calibration, labelled = opened(wanted)
     names = set(wanted.only.split(",")) if wanted.only else {*STATIC, *OURS}
     with tempfile.TemporaryDirectory(prefix="saq-") as folder:
         files, root = Files(), Path(folder)
@@ -259,7 +277,8 @@ def main() -> None:
             if name in names:
                 path = root / f"ours-{len(files.paths)}.onnx"
                 files.add(name, path, lambda path, k=kind: ours(net, path, calibration, k))
-        times = measure(files, size, [int(each) for each in wanted.batch_sizes.split(",")], wanted.rounds)
+        runs = {name: feeding(session(path)) for name, path in files.paths.items()}
+        times = measure(runs, size, [int(each) for each in wanted.batch_sizes.split(",")], wanted.rounds)
         rows = {
             name: {
                 "size_bytes": path.stat().st_size,

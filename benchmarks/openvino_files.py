@@ -11,10 +11,10 @@ calibrated on. All files take turns on one thread; figures are minima and median
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import openvino
 import torch
 from common import facts, show
 from targets import CALIBRATION, Files, export_float, file_options, measure, opened
@@ -31,6 +31,8 @@ OURS = {
 
 def compiled(path: Path) -> Any:
     """The file on one thread, other operators in float32."""
+    import openvino
+
     settings = {
         "INFERENCE_NUM_THREADS": 1,
         "NUM_STREAMS": 1,
@@ -43,6 +45,7 @@ def compiled(path: Path) -> Any:
 def by_nncf(source: Path, path: Path, images: torch.Tensor) -> None:
     """NNCF's post-training file, in OpenVINO's format."""
     import nncf
+    import openvino
 
     model = openvino.Core().read_model(source)
     data = nncf.Dataset(list(images.split(1)), lambda image: {"images": image.numpy()})
@@ -124,7 +127,7 @@ def main() -> None:
         "batch_sizes": batch_sizes,
         "rounds": wanted.rounds,
         "images": sum(len(labels) for _, labels in labelled),
-        "openvino": openvino.__version__,
+        "openvino": version("openvino"),
         "files": rows,
         "errors": files.errors,
     }

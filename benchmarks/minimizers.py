@@ -6,6 +6,9 @@ All methods start from the same calibrated network. Every (bits, method, seed) i
 ``results/results.jsonl``; existing lines are not run again, so the script can be interrupted and restarted. The trained
 states are saved in the same folder, for ``saq analyze`` and ``eigenvalues.py``. ``--table`` only prints the existing
 results as Markdown, ``--json`` prints them as JSON. ``--quick`` runs QAT and SAQ once, at 4 bits.
+
+``--set`` changes any setting of what all methods start from, such as the quantizer or ``reconstruction.enabled=true``,
+and ``--suffix`` says so in the names of the results.
 """
 
 import argparse
@@ -24,10 +27,11 @@ from saqcli.data.splits import Images
 from saqcli.pipelines.bits import given_policy
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import load_teacher, prepare
+from saqcli.pipelines.stages import float_network, tensors_before, wanted_stages
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.serialization import replacing
-from saqcli.training.loop import score
+from saqcli.training.loop import NO_MEMORY, score
 from saqcli.training.trainer import Trainer
 
 # What is compared: settings of the training section. `NAME xN` trains for N times the epochs.
@@ -47,8 +51,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "msam": {"method": "msam"},
     "msam norms": {"method": "msam", "perturb": "norms"},
     "qat x2": {"method": "qat"},
+    "qat average": {"method": "qat", "ema_decay": 0.99},
+    "qat dampened 0.1": {"method": "qat", "dampening": 0.1},
+    "qat dampened 1": {"method": "qat", "dampening": 1.0},
     "qat distilled": {"method": "qat", **DISTILL},
     "qat distilled x2": {"method": "qat", **DISTILL},
+    "qat distilled average": {"method": "qat", "ema_decay": 0.99, **DISTILL},
+    "qat distilled dampened 1": {"method": "qat", "dampening": 1.0, **DISTILL},
+    "qat distilled 0.9, T 1": {"method": "qat", **DISTILL, "distill_temperature": 1.0},
+    "qat distilled 0.9, T 2": {"method": "qat", **DISTILL, "distill_temperature": 2.0},
+    "qat distilled 0.5, T 1": {"method": "qat", "distill": True},
+    "qat distilled 1, T 4": {"method": "qat", **DISTILL, "distill_weight": 1.0},
     "saq distilled": {"method": "saq", **DISTILL},
     "saq norms distilled": {"method": "saq", "perturb": "norms", **DISTILL},
     "saq norms from 0.8 distilled": {"method": "saq", "perturb": "norms", "sharpness_from": 0.8, **DISTILL},
@@ -90,7 +103,7 @@ def run(config: RunConfig, prepared: "Prepared") -> tuple[dict[str, float], dict
     Trainer(
         model,
         images.training(),
-        config.training.model_copy(update={"ema_decay": 0, "keep": "last"}),
+        config.training,
         num_classes=prepared.network.loaded.num_classes,
         image_size=max(images.preprocessing.input_size[1:]),
         run=trained,
@@ -117,13 +130,18 @@ class Prepared:
             "training.compile": wanted.compile,
             "training.precision": wanted.precision,
         }
+        self.assigned = dict(text.split("=", 1) for text in wanted.assign or [])
         self.device = pick_device(wanted.device)
-        base = resolve(options=self.options)
+        base = resolve(options=self.options, assignments=self.assigned)
         self.network, self._images = prepare(base, self.device, SILENT)
         statistics_ = calibrate(self.network, self._images, base, SILENT)
         policy = given_policy(base.quantization, self.network)
         assert policy is not None
-        install_quantizers(base, self.network, policy, statistics_, self._images, SILENT)
+        before = tensors_before(base, self.network.model)
+        model = install_quantizers(base, self.network, policy, statistics_, self._images, SILENT)
+        for stage in wanted_stages(base).values():
+            in_float = float_network(model, before["float"])
+            stage(base, model, in_float, self._images, NO_MEMORY, SILENT)
         self.initial = {name: value.clone() for name, value in self.network.model.state_dict().items()}
         self.teacher = load_teacher(
             base.model_copy(update={"training": base.training.model_copy(update={"distill": True})}),
@@ -138,7 +156,7 @@ class Prepared:
         longer = re.search(r" x(\d+)$", name)
         if longer:
             changes["training.epochs"] = self.options["training.epochs"] * int(longer[1])
-        return resolve(options=self.options | changes | {"run.seed": seed})
+        return resolve(options=self.options | changes | {"run.seed": seed}, assignments=self.assigned)
 
     def images(self, config: RunConfig) -> Images:
         """Fed as ``config`` says."""
@@ -160,19 +178,21 @@ def measure(wanted: argparse.Namespace) -> None:
     results = wanted.out / "results.jsonl"
     done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
     chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)
+    suffix = f", {wanted.suffix}" if wanted.suffix else ""
     for bits in wanted.bits.split(","):
         prepared = Prepared(wanted, bits)
         for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
-            for name in chosen:
+            for method in chosen:
+                name = method + suffix
                 if (bits, name, seed) in done:
                     continue
-                figures, state = run(prepared.config(name, seed), prepared)
+                figures, state = run(prepared.config(method, seed), prepared)
                 line = {
                     "bits": bits,
                     "name": name,
                     "seed": seed,
                     "threads": torch.get_num_threads(),
-                    "epochs": prepared.config(name, seed).training.epochs,
+                    "epochs": prepared.config(method, seed).training.epochs,
                     "lr": wanted.lr,
                     "compile": wanted.compile,
                     "precision": wanted.precision,
@@ -190,13 +210,10 @@ def table(lines: list[dict[str, Any]], eigenvalues: list[dict[str, Any]]) -> str
         "|--|--|--|--|--|--|--|",
     ]
     for bits in sorted({line["bits"] for line in lines}):
-        of = {
-            name: {r["seed"]: r for r in lines if (r["bits"], r["name"]) == (bits, name)} for name in METHODS
-        }
+        names = dict.fromkeys(line["name"] for line in lines if line["bits"] == bits)
+        of = {name: {r["seed"]: r for r in lines if (r["bits"], r["name"]) == (bits, name)} for name in names}
         for name, runs in of.items():
-            if not runs:
-                continue
-            shared = sorted(set(runs) & set(of["qat"]))
+            shared = sorted(set(runs) & set(of.get("qat", {})))
             gains = [runs[seed]["top1"] - of["qat"][seed]["top1"] for seed in shared]
             sharp = [r["eigenvalue"] for r in eigenvalues if (r["bits"], r["name"]) == (bits, name)]
             rows.append(
@@ -217,6 +234,10 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--lr", type=float, default=0.005)
     made.add_argument("--rho", type=float, help="of all methods; by default the paper's for the bits")
     made.add_argument("--methods", help="names or JSON objects of training settings, with semicolons")
+    made.add_argument(
+        "--set", dest="assign", action="append", help="any setting of the start, SECTION.KEY=VALUE"
+    )
+    made.add_argument("--suffix", default="", help="in the names of the results")
     made.add_argument("--device", default="auto")
     made.add_argument("--compile", default="kernels", help="as of saq quantize")
     made.add_argument("--precision", default="float32", help="as of saq quantize")

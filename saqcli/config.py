@@ -579,7 +579,7 @@ class TrainingSection(_Section):
     ``micro_batch`` images are in one forward pass, None for all that share a perturbation. Up to ``skip_steps``
     successive steps are skipped if the loss is NaN or infinite, then training stops. ``clip_grad`` is the largest joint
     norm of the gradients. ``ema_decay`` 0 averages no weights. ``mixup`` and ``cutmix`` are the alphas of their beta
-    distributions, 0 for none.
+    distributions, 0 for none. ``dampening`` lets codes that oscillate settle (see ``training.dampening``).
 
     ``compile``, ``memory_format`` and ``precision`` say how passes are computed (see ``training.execution``). Where
     they are ``auto``, steps are timed at the start of runs of minutes.
@@ -710,6 +710,15 @@ class TrainingSection(_Section):
         Literal["auto", "contiguous", "channels_last"],
         Option("Order of images and convolution weights in memory; `auto` is the faster", panel=EFFICIENCY),
     ] = "auto"
+    dampening: Annotated[
+        NotNegative,
+        Option(
+            "Weight of the pull of weights to the levels they are rounded to, 0 for none; rises from 0 over the training",
+            "WEIGHT",
+            panel=REGULARIZATION,
+            least=0,
+        ),
+    ] = 0.0
     keep: Literal["last", "best"] = "last"
     minimizer: dict[str, Any] = {}
 

@@ -36,6 +36,7 @@ def in_float(training: TrainingSection, batch_size: int, **changes: object) -> T
         "sharpness_batch": batch_size,
         "micro_batch": None,
         "ema_decay": 0.0,
+        "dampening": 0.0,
         "compile": "off",
         "memory_format": "contiguous",
     }

@@ -22,6 +22,7 @@ from saqcli.random_state import random_state, set_random_state
 from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.tasks.classification import Meter, Score, largest_loss
 from saqcli.training.best import Best
+from saqcli.training.dampening import Dampening
 from saqcli.training.execution import Execution, choose
 from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers.base import check_epoch
@@ -168,6 +169,7 @@ class Trainer:
         steps = len(batches) * training.epochs
         self.minimizer = make_minimizer(model, self.optimizer, training, image_size, steps)
         check_perturbed(self.minimizer, training)
+        self.dampening = Dampening(model, self.optimizer, training.dampening) if training.dampening else None
         self.average = Average(model, training.ema_decay) if training.ema_decay else None
         self.recovery = Recovery(training.micro_batch, patience=training.skip_steps)
         objective = make_objective(training, device, num_classes, teacher)
@@ -326,15 +328,21 @@ class Trainer:
         """Set schedule and images; the learning rate at the beginning of the epoch."""
         self.schedule.step_update(self._steps)
         learning_rate: float = self.optimizer.param_groups[0]["lr"]
-        self.schedule.step_update(self._steps + self.step)
+        self._schedule(self.step)
         if hasattr(self.batches, "set_epoch"):
             self.batches.set_epoch(self.epoch)
         return learning_rate
 
+    def _schedule(self, step: int) -> None:
+        """Set what changes over the training for the step after ``step`` of this epoch."""
+        self.schedule.step_update(self._steps + step)
+        if self.dampening:
+            self.dampening.set((self._steps + step) / (self.training.epochs * len(self.batches)))
+
     def _after_step(self, step: int) -> None:
         """Move schedule and average, save if it is due."""
         self.step = step
-        self.schedule.step_update(self._steps + step)
+        self._schedule(step)
         if self.average:
             self.average.update(self.model, self._steps + step)
         before_evaluation = self.validation is not None and step == len(self.batches)

@@ -53,7 +53,7 @@ BITS = (
 )
 ACCEPTED = {
     "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --balance-norms --bits --cache --clip-grad "
-    "--compile --cutmix "
+    "--compile --cutmix --dampening "
     "--distill --efficient --ema --epochs --export --label-smoothing --lr --memory-format --method --micro-batch "
     "--mixup --no-balance-norms --no-export "
     "--optimizer --perturb --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch "

@@ -18,7 +18,7 @@ from saqcli.training.trainer import NO_RUN, Trainer, TrainingRun
 from tests.support.networks import NETWORKS, quantize
 from tests.support.steps import assert_bitwise_equal, batch, snapshot
 
-SETTINGS = TrainingSection(epochs=2, lr=0.05, ema_decay=0.9, sam_interval=2, sam_reuse=0.5)
+SETTINGS = TrainingSection(epochs=2, lr=0.05, ema_decay=0.9, sam_interval=2, sam_reuse=0.5, dampening=0.5)
 BATCHES = [batch(8, seed) for seed in range(3)]
 VALIDATION = [batch(16, 9)]
 

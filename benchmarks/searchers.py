@@ -31,6 +31,7 @@ from saqcli.data.splits import Images, open_named
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.find_bits import bind_search, find_bits, request_search
 from saqcli.pipelines.proxy import fit_proxy
+from saqcli.pipelines.quantize import load_teacher
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
@@ -170,6 +171,7 @@ class Bench:
             config.training,
             num_classes=self.network.loaded.num_classes,
             image_size=max(images.preprocessing.input_size[1:]),
+            teacher=load_teacher(config, self.device, SILENT),
         )
 
     def epoch_seconds(self, steps: int = 12) -> float:

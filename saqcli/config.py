@@ -581,6 +581,8 @@ class TrainingSection(_Section):
     norm of the gradients. ``ema_decay`` 0 averages no weights. ``mixup`` and ``cutmix`` are the alphas of their beta
     distributions, 0 for none. ``dampening`` lets codes that oscillate settle (see ``training.dampening``).
 
+    ``distill`` None learns from the float model where all of its weights are trained.
+
     ``compile``, ``memory_format`` and ``precision`` say how passes are computed (see ``training.execution``). Where
     they are ``auto``, steps are timed at the start of runs of minutes.
 
@@ -688,10 +690,15 @@ class TrainingSection(_Section):
         NotNegative, Option("Alpha of cutmix, 0 for none", "ALPHA", panel=REGULARIZATION, least=0)
     ] = 0.0
     distill: Annotated[
-        bool, Option("Also learn from the outputs of the float model", panel=REGULARIZATION, negative=False)
-    ] = False
-    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    distill_temperature: Rate = 1.0
+        bool | None,
+        Option(
+            "Also learn from the outputs of the float model",
+            default="where all of its weights are trained",
+            panel=REGULARIZATION,
+        ),
+    ] = None
+    distill_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    distill_temperature: Rate = 4.0
     precision: Annotated[
         Literal["float32", "bfloat16", "auto"],
         Option(
@@ -713,7 +720,7 @@ class TrainingSection(_Section):
     dampening: Annotated[
         NotNegative,
         Option(
-            "Weight of the pull of weights to the levels they are rounded to, 0 for none; rises from 0 over the training",
+            "Weight of the pull of weights to the levels they are rounded to, 0 for none; rises from 0",
             "WEIGHT",
             panel=REGULARIZATION,
             least=0,

@@ -27,6 +27,7 @@ from saqcli.pipelines.export import write_files
 from saqcli.pipelines.search import choose_bits
 from saqcli.pipelines.setup import (
     Prepared,
+    distills,
     load_float,
     load_seeded,
     open_images,
@@ -225,7 +226,8 @@ def resume_point(state: dict[str, Any], epochs: int) -> str:
 
 
 def load_teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:
-    """The float model, for distillation."""
-    if not config.training.distill:
+    """The float model, for distillation; None if training does not distill."""
+    if config.training.distill is False:
         return None
-    return load_float(config.model, progress).model.to(device).eval().requires_grad_(False)
+    loaded = load_float(config.model, progress)
+    return loaded.model.to(device).eval().requires_grad_(False) if distills(config, loaded) else None

@@ -172,6 +172,12 @@ def load_seeded(config: RunConfig, progress: Progress) -> LoadedModel:
     return load_float(config.model, progress)
 
 
+def distills(config: RunConfig, loaded: LoadedModel) -> bool:
+    """Whether fine-tuning also learns from the float network ``loaded``: on request, or where it is trained."""
+    wanted = config.training.distill
+    return loaded.trained if wanted is None else wanted
+
+
 def training_images(
     section: DataSection, loaded: LoadedModel, device: torch.device, seed: int, progress: Progress
 ) -> Images:

@@ -53,8 +53,8 @@ BITS = (
 )
 ACCEPTED = {
     "quantize": f"{BITS} {IMAGES} {NETWORK} {RUN} --ascent-fraction --balance-norms --bits --cache --clip-grad "
-    "--compile --cutmix --dampening "
-    "--distill --efficient --ema --epochs --export --label-smoothing --lr --memory-format --method --micro-batch "
+    "--compile --cutmix --dampening --distill --no-distill "
+    "--efficient --ema --epochs --export --label-smoothing --lr --memory-format --method --micro-batch "
     "--mixup --no-balance-norms --no-export "
     "--optimizer --perturb --policy --precision --rho --rho-unit --sam-interval --sam-reuse --sharpness-batch "
     "--sharpness-from --style "

@@ -20,6 +20,7 @@ from saqcli.data.splits import Images
 from saqcli.errors import TrainingDiverged
 from saqcli.pipelines.calibration import balanced, install_quantizers
 from saqcli.pipelines.find_bits import BoundSearch
+from saqcli.pipelines.setup import distills
 from saqcli.pipelines.stages import planned_stages, wanted_stages
 from saqcli.progress import SILENT
 from saqcli.report.run_report import NOUNS
@@ -105,7 +106,7 @@ class Trials:
             self.config.training.model_copy(update={"keep": "last"}),
             num_classes=self.bound.search_network.loaded.num_classes,
             image_size=max(self.images.preprocessing.input_size[1:]),
-            teacher=in_float if self.config.training.distill else None,
+            teacher=in_float if distills(self.config, self.bound.search_network.loaded) else None,
             run=memory,
             title=f"trial {number}, epoch",
             progress=problem.progress,

@@ -84,11 +84,46 @@ def searches() -> str:
     return "\n".join(rows)
 
 
+def methods() -> str:
+    """Top-1 and loss after fine-tuning with every method, from ``minimizers.py``."""
+    rows = [
+        "| network | bits | method | seeds | top-1 | loss | top-1 above qat, same seed | time of qat |",
+        "|--|--|--|--|--|--|--|--|",
+    ]
+    lines, before = read(FOLDER / "results" / "minimizers.jsonl"), ("", "")
+    for group in _groups(lines, "model", "bits"):
+        plain = {line["seed"]: line for line in group if line["name"] == "qat"}
+        for members in _groups(group, "name"):
+            first = members[0]
+            key = first["model"], first["bits"]
+            names = [f"`{key[0]}`" if key[0] != before[0] else "", key[1] if key != before else ""]
+            before = key
+            pairs = [(line, plain[line["seed"]]) for line in members if line["seed"] in plain]
+            gains = [line["top1"] - base["top1"] for line, base in pairs]
+            ratios = [
+                line["seconds"] / base["seconds"]
+                for line, base in pairs
+                if line["seconds"] and base["seconds"]
+            ]
+            cells = [
+                *names,
+                first["name"],
+                str(len(members)),
+                _mean([line["top1"] for line in members]),
+                _mean([line["loss"] for line in members], 3),
+                _mean(gains) if gains and first["name"] != "qat" else "",
+                f"{statistics.median(ratios):.2f}" if ratios else "",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 SEARCHED = ("error", "fisher", "swaps")
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "variations": variations,
     "searches": searches,
+    "methods": methods,
 }
 
 
@@ -136,10 +171,10 @@ def _stage(line: Line, name: str) -> Line:
     return found
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list[float], digits: int = 2) -> str:
     """With the standard deviation where there are several."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def page(text: str) -> str:

@@ -819,7 +819,8 @@ def resolve(
 ) -> RunConfig:
     """The configuration that defaults, recipe, file, assignments and options make together.
 
-    Settings of the target come between those of the recipe and of the file.
+    Settings of the target come between those of the recipe and of the file. The method is ``saq`` if settings of its
+    perturbation are given and no method is.
 
     Args:
         recipe: name of a recipe; None takes the file's, or ``quick``.
@@ -905,8 +906,10 @@ def resolve_into(
             problems.attempt(_assign, tree, key, value)
     if isinstance(section := tree.setdefault("quantization", {}), dict):
         section["contents"] = contents
+    sources = [given, assignments or {}, options or {}]
     if not (recipe or given.get("recipe")):
-        _train_on_labels_only(tree, [given, assignments or {}, options or {}])
+        _train_on_labels_only(tree, sources)
+    _ascend_if_asked(tree, sources)
     model = tree.setdefault("model", {})
     if file and (options or {}).get("model.name") is None and "model.name" not in (assignments or {}):
         before = len(problems.errors)
@@ -1002,11 +1005,35 @@ def _train_on_labels_only(tree: dict[str, Any], given: Sequence[Mapping[str, Any
         return
     if data.get("calibration") is None or data.get("path") is not None:
         return
+    if not _gives(given, "epochs"):
+        training["epochs"] = 0
+
+
+# Settings of the pass that perturbs; whoever gives one wants a method that has it.
+_OF_ASCENTS = (
+    *("rho", "rho_unit", "perturb", "minimizer", "sharpness_from"),
+    *("sam_interval", "sam_reuse", "ascent_fraction", "ascent_precision"),
+)
+
+
+def _ascend_if_asked(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:
+    """Set ``training.method`` to ``saq`` where the user sets how it perturbs and gives no method."""
+    training = tree.get("training")
+    if isinstance(training, dict) and _gives(given, *_OF_ASCENTS) and not _gives(given, "method"):
+        training["method"] = "saq"
+
+
+def _gives(given: Sequence[Mapping[str, Any]], *names: str) -> bool:
+    """Whether file, assignments or options give one of these settings of training."""
     for one in given:
         section = one.get("training")
-        if one.get("training.epochs") is not None or (isinstance(section, Mapping) and "epochs" in section):
-            return
-    training["epochs"] = 0
+        inside = section if isinstance(section, Mapping) else {}
+        flat = [
+            key.removeprefix("training.").split(".")[0] for key, value in one.items() if value is not None
+        ]
+        if any(name in inside or name in flat for name in names):
+            return True
+    return False
 
 
 def _checked(problems: Problems, tree: dict[str, Any], source: str) -> RunConfig | None:

@@ -3,8 +3,8 @@
 Losses of single operands do not add up at few bits: the sum that a knapsack minimizes can prefer a configuration that
 is worse than the same bits everywhere. Here sums only propose, and the network itself decides:
 
-    starts    the same bits everywhere, with weights and inputs at widths of their own, each as it is and with what is
-              left of the budget spent; the optima of two knapsacks (``fisher``, ``error``)
+    starts    the same bits everywhere, with weights and inputs at widths of their own; the optima of two knapsacks
+              (``fisher``, ``error``); the best of these with what is left of the budget spent
     swaps     one layer's weights or inputs get a bit more and another's a bit less, or what the budget still allows;
               tried in the order of the predicted gain, kept if the divergence from the float network falls
 
@@ -39,7 +39,7 @@ class Swaps:
         patience: swaps in a row without a gain after which the search ends.
     """
 
-    def __init__(self, *, images: int = 64, scoring: int = 512, swaps: int = 48, patience: int = 12) -> None:
+    def __init__(self, *, images: int = 64, scoring: int = 512, swaps: int = 24, patience: int = 4) -> None:
         for option, value in (
             ("images", images),
             ("scoring", scoring),
@@ -60,6 +60,9 @@ class Swaps:
         problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
         scorer = Scorer(problem, report.at)
         best = score_all(problem, scorer, starts, {"losses": losses})
+        filled = _filled(space, budget, best.choice, losses)
+        if filled != best.choice:
+            best = score_all(problem, scorer, [best.choice, filled], {"losses": losses})
         if not budget.admits(space.ceiling):
             best = self._descend(problem, scorer, best, losses)
         choice = list(best.choice)
@@ -117,8 +120,7 @@ def _starts(space: SearchSpace, budget: Budget, losses: Losses, noise: Losses) -
         return [tuple(len(decision.options) - 1 for decision in space.decisions)]
     uniform = [tuple(choice) for choice in untied_uniforms(space, budget)]
     found = [tuple(best_choice(space, budget, each)) for each in (losses, noise)]
-    found += [start for choice in uniform for start in (_filled(space, budget, choice, losses), choice)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *uniform]))
 
 
 def _filled(space: SearchSpace, budget: Budget, choice: Choice, losses: Losses) -> Choice:

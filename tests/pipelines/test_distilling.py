@@ -42,3 +42,33 @@ def test_new_classifier_does_not_teach(weights: Path) -> None:
 @pytest.mark.parametrize("recipe", ["paper-cifar", "paper-imagenet"])
 def test_published_recipes_learn_from_labels_alone(recipe: str) -> None:
     assert resolve(recipe=recipe, options={"model.name": "saq/resnet20"}).training.distill is False
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ({}, "qat"),
+        ({"epochs": 2, "sharpness_batch": 64}, "qat"),
+        ({"rho": 0.3}, "saq"),
+        ({"ascent_fraction": 0.25}, "saq"),
+        ({"minimizer.bn_second_pass": "update"}, "saq"),
+        ({"rho": 0.3, "method": "asaq"}, "asaq"),
+        ({"rho": 0.3, "method": "qat"}, "qat"),
+    ],
+)
+def test_settings_of_perturbations_choose_saq(tmp_path: Path, given: dict[str, Any], method: str) -> None:
+    options = {f"training.{name}": value for name, value in given.items()}
+    named = {"model.name": "saq/resnet20"}
+    assert resolve(options={**named, **options}).training.method == method
+    assert (
+        resolve(options=named, assignments={k: str(v) for k, v in options.items()}).training.method == method
+    )
+    file = tmp_path / "settings.toml"
+    lines = (f"{key} = {value!r}\n" for key, value in options.items())
+    file.write_text("".join(lines), encoding="utf-8")
+    assert resolve(options=named, file=file).training.method == method
+
+
+def test_long_recipes_are_sharpness_aware() -> None:
+    for recipe in ("cifar", "imagenet", "vit", "paper-cifar"):
+        assert resolve(recipe=recipe, options={"model.name": "saq/resnet20"}).training.method == "saq"

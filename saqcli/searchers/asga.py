@@ -53,7 +53,7 @@ from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
 from saqcli.training.objective import cut, micro_batches
-from saqcli.training.optimizer import CosineRates
+from saqcli.training.optimizer import Rates
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
 from saqcli.training.step import Recovery, Snapshot
@@ -138,7 +138,7 @@ class Descent:
         groups = self.optimizer.param_groups
         self.weights = [p for group in groups for p in group["params"] if p.requires_grad]
         self.set = PerturbedSet(self.model, ("weights", "biases", "norms"))
-        self._rates = CosineRates(self.optimizer, self.logit_optimizer)
+        self._rates = Rates(self.optimizer, self.logit_optimizer)
         images = problem.images
         self.phases: list[tuple[Batches, set[str]]] = [(images.whole, {"weights", "logits"})]
         if settings.bilevel:
@@ -292,7 +292,7 @@ class Descent:
     def _schedule(self) -> None:
         """Set learning rates and temperature of the next step."""
         fraction = min(1.0, self.done / max(self.total, 1))
-        self._rates.set(fraction)
+        self._rates.cosine(fraction)
         self.mixtures.set_temperature(self.settings.temperature_end**fraction)
 
     def _update_radius(self, loss: float, gap: float) -> None:

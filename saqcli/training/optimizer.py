@@ -253,8 +253,8 @@ def _check_mixing(training: TrainingSection, batch_size: int) -> None:
         )
 
 
-class CosineRates:
-    """The learning rates of some optimizers, from their current values to 0.
+class Rates:
+    """The learning rates of some optimizers, as multiples of their current values.
 
     Args:
         optimizers: whose groups are scheduled; they may load a state later.
@@ -264,8 +264,12 @@ class CosineRates:
         self._optimizers = optimizers
         self._first = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
-    def set(self, done: float) -> None:
-        """Set the rates for the share ``done`` of all steps."""
+    def cosine(self, done: float) -> None:
+        """Set the rates of a cosine to 0 for the share ``done`` of all steps."""
+        self.scale((1 + math.cos(math.pi * done)) / 2)
+
+    def scale(self, factor: float) -> None:
+        """Set all rates to ``factor`` times the first ones."""
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, self._first, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = rate * factor

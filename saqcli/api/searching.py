@@ -73,6 +73,7 @@ def search(
     weight_grid: WeightGrid = "auto",
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
+    restore_deviation: bool = True,
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
     short_steps: int | None = None,
@@ -111,6 +112,7 @@ def search(
         weight_grid: levels of weights.
         granularity: of clipping levels.
         weight_normalization: of the weights of convolutions.
+        restore_deviation: multiply normalized weights by their deviation again; False as in the SAQ paper.
         clip_init: where levels start.
         error_power: exponent of the quantization error.
         short_steps: most significant bits of every step.
@@ -146,6 +148,7 @@ def search(
         weight_grid,
         granularity,
         weight_normalization,
+        restore_deviation,
         clip_init,
         error_power,
         place,

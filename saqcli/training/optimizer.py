@@ -18,7 +18,8 @@ from saqcli.tasks import classification
 from saqcli.training.minimizers import MINIMIZERS, Minimizer
 from saqcli.training.objective import Objective
 from saqcli.training.options import accepted
-from saqcli.training.perturbation import PerturbedSet, default_rho
+from saqcli.training.perturbation import PerturbedSet
+from saqcli.training.radii import Radius, published_radius
 from saqcli.units import counted
 
 
@@ -106,18 +107,29 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
     return schedule
 
 
+def chosen_radius(model: nn.Module, training: TrainingSection, side: int, network: str = "") -> Radius:
+    """The radius of the settings, or the published one for this network and images of ``side`` pixels."""
+    given = training.minimizer.get("rho", training.rho)
+    if given is None:
+        return published_radius(model, side, network)
+    return Radius(given, "training.minimizer.rho" if "rho" in training.minimizer else "training.rho")
+
+
 def make_minimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSection, side: int, steps: int = 0
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    training: TrainingSection,
+    radius: Radius,
+    steps: int = 0,
 ) -> Minimizer:
-    """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels.
+    """The method's minimizer, with the radius that ``chosen_radius`` found.
 
     ``steps`` is their number in the whole training, of which ``training.sharpness_from`` is a share.
     """
     make = MINIMIZERS.find(training.method)
     taken, needed = accepted(make)
-    rho = default_rho(model, side) if training.rho is None else training.rho
     settings = {
-        "rho": (rho, training.rho is not None, "training.rho"),
+        "rho": (radius.rho, training.rho is not None, "training.rho"),
         "rho_unit": (training.rho_unit, training.rho_unit != "deviation", "training.rho_unit"),
         "perturb": (_perturbed(make, training), training.perturb != "all", "training.perturb"),
         "start": (
@@ -215,7 +227,8 @@ def check_training(config: RunConfig) -> None:
     wrap(model)
     problems.attempt(make_optimizer, model, training)
     plain = training.model_copy(update={"optimizer": "sgd"})
-    problems.attempt(make_minimizer, model, make_optimizer(model, plain), training, side=SMALL_IMAGES)
+    radius = chosen_radius(model, training, SMALL_IMAGES)
+    problems.attempt(make_minimizer, model, make_optimizer(model, plain), training, radius)
     if training.epochs:
         problems.attempt(make_schedule, make_optimizer(model, plain), training, steps=1)
     problems.attempt(_check_reuse, training)

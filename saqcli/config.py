@@ -635,7 +635,10 @@ class TrainingSection(_Section):
         Option("Unit of `training.rho`: standard deviations of each layer's weights, or none"),
     ] = "deviation"
     perturb: Annotated[
-        Literal["all", "weights", "norms"], Option("What ascends, of all that the method perturbs")
+        Literal["all", "weights", "norms", "layers"],
+        Option(
+            "What ascends, of all that the method perturbs: weights, norms, or layers (their weights and biases)"
+        ),
     ] = "all"
     sharpness_from: Annotated[
         float,

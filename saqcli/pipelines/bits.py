@@ -128,7 +128,15 @@ def make_searcher(config: RunConfig) -> Searcher:
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:
         options["rho"] = section.rho
-    return searcher_with(name, options)
+    try:
+        return searcher_with(name, options)
+    except ConfigError as error:
+        option, _, rest = str(error).partition(" ")
+        if option not in options:
+            raise
+        common = getattr(section, option, None) is not None
+        setting = f"`search.{option}`" if common else f"search.options.{name}.{option}"
+        raise ConfigError(f"{setting} {rest}") from None
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
@@ -309,7 +317,8 @@ def _check_comparisons(config: RunConfig) -> None:
         "reconstruction.enabled": config.reconstruction.enabled,
     }
     given = [f"`{setting}`" for setting, value in asked.items() if value]
-    if given and not config.quantization.restore_deviation:
+    dropped = config.quantization.weight_normalization and not config.quantization.restore_deviation
+    if given and dropped:
         raise ConfigError(
             f"{' and '.join(given)} compare outputs of layers with those of the float network, and "
             "`quantization.restore_deviation=False` changes their scale: remove either"

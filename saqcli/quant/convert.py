@@ -55,7 +55,7 @@ class Scheme(BaseModel):
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean (``clip``
             only).
         restore_deviation: multiply normalized weights by the deviation of the float ones again; False as in the SAQ
-            paper, and only then in JSON.
+            paper, and only then in JSON. Without weight normalization it means nothing.
         clip_init: initial levels by least quantization ``error``, by least error of each layer's ``output`` on
             calibration images, or as in the SAQ ``paper`` (``clip`` only).
         weight_quantizer: name in ``QUANTIZERS``, of weights; None for ``quantizer``.
@@ -121,7 +121,7 @@ class Scheme(BaseModel):
                 f"quantizer {name} has no weight normalization: choose {able}, or "
                 "`quantization.weight_normalization=False`"
             )
-        if not self.restore_deviation:
+        if self.weight_normalization and not self.restore_deviation:
             self._check_dropped()
         if self.clip_init == "paper" and not self.has_published_levels:
             of = name if not _is_published(weights) else self.names[1]
@@ -144,11 +144,9 @@ class Scheme(BaseModel):
                 )
 
     def _check_dropped(self) -> None:
-        """Refuse to leave out deviations where nothing is normalized, or where layers are compared with float ones."""
+        """Refuse to leave out deviations where a quantizer cannot, or where layers are compared with float ones."""
         needs = None
-        if not self.weight_normalization:
-            needs = "is about normalized weights: add `quantization.weight_normalization=True`, or remove it"
-        elif not issubclass(QUANTIZERS[self.names[0]].normalized or Quantizer, NormalizedClipWeight):
+        if not issubclass(QUANTIZERS[self.names[0]].normalized or Quantizer, NormalizedClipWeight):
             needs = f"is not defined for quantizer {self.names[0]}: remove it, or choose clip"
         elif self.clip_init == "output":
             needs = (

@@ -124,16 +124,17 @@ def make_minimizer(
 ) -> Minimizer:
     """The method's minimizer, with the radius that ``chosen_radius`` found.
 
-    ``steps`` is their number in the whole training, of which ``training.sharpness_from`` is a share.
+    ``steps`` is their number in the whole training, of which ``training.sharpness_from`` is a share; the last one
+    ascends in any case.
     """
     make = MINIMIZERS.find(training.method)
     taken, needed = accepted(make)
     settings = {
-        "rho": (radius.rho, training.rho is not None, "training.rho"),
+        "rho": (radius.rho if training.rho is None else training.rho, training.rho is not None, "training.rho"),
         "rho_unit": (training.rho_unit, training.rho_unit != "deviation", "training.rho_unit"),
         "perturb": (_perturbed(make, training), training.perturb != "all", "training.perturb"),
         "start": (
-            round(training.sharpness_from * steps),
+            min(round(training.sharpness_from * steps), max(0, steps - 1)),
             training.sharpness_from != 0,
             "training.sharpness_from",
         ),
@@ -147,6 +148,13 @@ def make_minimizer(
         if given and name not in taken and name not in make.ignored
     ]
     unknown += [f"`training.minimizer.{name}`" for name in training.minimizer if name not in taken]
+    doubled = [
+        f"`{setting}` and `training.minimizer.{name}={training.minimizer[name]}`"
+        for name, (value, given, setting) in settings.items()
+        if given and name in training.minimizer and _plain(training.minimizer[name]) != _plain(value)
+    ]
+    if doubled:
+        raise ConfigError(f"{', '.join(doubled)} differ: give one of the two")
     options |= training.minimizer
     missing = [f"`training.minimizer.{name}`" for name in needed if name not in options]
     if unknown:
@@ -159,31 +167,37 @@ def make_minimizer(
     return make(model, optimizer, **options)
 
 
-def check_perturbed(minimizer: Minimizer, training: TrainingSection) -> None:
-    """Refuse ``training.perturb`` if the network has nothing of it.
+def check_perturbed(model: nn.Module, training: TrainingSection) -> None:
+    """Refuse ``training.perturb`` if the wrapped ``model`` has nothing of it.
 
     Raises:
         ConfigError: names the setting.
     """
-    found = getattr(minimizer, "set", None)
-    if (
-        training.perturb != "all"
-        and isinstance(found, PerturbedSet)
-        and not (found.layers or found.parameters)
-    ):
+    make = MINIMIZERS.find(training.method)
+    kinds: Any = _perturbed(make, training)
+    if kinds is None or "perturb" not in accepted(make)[0]:
+        return
+    found = PerturbedSet(model, kinds, frozen=False)
+    if not (found.layers or found.parameters):
         raise ConfigError(
             f"`training.perturb={training.perturb}` was asked for and the network has no trained {training.perturb} "
             "(short steps fold norms into layers): use `training.perturb=all`, or another method"
         )
 
 
+def _plain(value: object) -> object:
+    """Tuples as lists, as TOML has them."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _perturbed(make: Any, training: TrainingSection) -> tuple[str, ...] | None:
     """The kinds that ``training.perturb`` means; None for those of the method."""
-    if training.perturb == "weights":
-        return tuple(
-            kind for kind in getattr(make, "perturbed_kinds", ("weights",)) if kind.endswith("weights")
-        )
-    return None if training.perturb == "all" else (training.perturb,)
+    if training.perturb == "all":
+        return None
+    if training.perturb == "norms":
+        return ("norms",)
+    ends = ("weights", "biases") if training.perturb == "layers" else ("weights",)
+    return tuple(kind for kind in getattr(make, "perturbed_kinds", ends) if kind.endswith(ends))
 
 
 def make_objective(

@@ -173,7 +173,7 @@ class Trainer:
         radius = chosen_radius(model, training, image_size, network)
         self.minimizer = make_minimizer(model, self.optimizer, training, radius, steps)
         self.radius = radius if hasattr(self.minimizer, "rho") else None
-        check_perturbed(self.minimizer, training)
+        check_perturbed(model, training)
         self.average = Average(model, training.ema_decay) if training.ema_decay else None
         self.recovery = Recovery(training.micro_batch, patience=training.skip_steps)
         objective = make_objective(training, device, num_classes, teacher)

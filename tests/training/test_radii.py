@@ -12,7 +12,7 @@ from tests.support.networks import NETWORKS, quantize
 
 
 def quantized(bits: int) -> Any:
-    return quantize(NETWORKS["conv_bn"], lambda names: dict.fromkeys(names, LayerBits(bits, bits))).model
+    return quantize(NETWORKS["conv_bn"], lambda names: dict.fromkeys(names, LayerBits(weight=bits, activation=bits))).model
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,7 @@ class Scheme(BaseModel):
         if not issubclass(QUANTIZERS[self.names[0]].normalized or Quantizer, NormalizedClipWeight):
             needs = f"is not defined for quantizer {self.names[0]}: remove it, or choose clip"
         elif self.clip_init == "output":
-            needs = (
-                "changes the scale of outputs, which `quantization.clip_init=output` compares: choose another start"
-            )
+            needs = "changes the scale of outputs, which `quantization.clip_init=output` compares: choose another start"
         elif self.short_steps is not None:
             needs = "is not supported with `quantization.short_steps`: remove one of the two"
         if needs:

@@ -188,7 +188,11 @@ class QuantizeResult:
     def pack(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         packed = asdict(self)
-        del packed["onnx"], packed["seconds"], packed["radius"]  # unknown until the end of the run; in the manifest
+        del (
+            packed["onnx"],
+            packed["seconds"],
+            packed["radius"],
+        )  # unknown until the end of the run; in the manifest
         packed["policy"] = self.policy.to_json()
         return packed
 

@@ -130,7 +130,11 @@ def make_minimizer(
     make = MINIMIZERS.find(training.method)
     taken, needed = accepted(make)
     settings = {
-        "rho": (radius.rho if training.rho is None else training.rho, training.rho is not None, "training.rho"),
+        "rho": (
+            radius.rho if training.rho is None else training.rho,
+            training.rho is not None,
+            "training.rho",
+        ),
         "rho_unit": (training.rho_unit, training.rho_unit != "deviation", "training.rho_unit"),
         "perturb": (_perturbed(make, training), training.perturb != "all", "training.perturb"),
         "start": (

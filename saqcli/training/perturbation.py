@@ -8,9 +8,9 @@ biases, norm parameters and activation clipping levels, under one joint norm:
     T_p = s_p                         SAQ, SAM, Case 1
     T_p = |p| + eta * s_p             adaptive (ASAQ): quantized weights, clipping levels, norm scales
 
-``s_p`` is the standard deviation of the layer's float weight, 1 for everything else. With the
-paper's weight normalization every deviation is 1 and this is its Eq. 11; without it, or if the weight is multiplied by
-its deviation again, the same rho means the same relative change in any network. ``unit="absolute"`` sets every s_p to 1.
+``s_p`` is the standard deviation of the layer's float weight, 1 for everything else. With the paper's weight
+normalization every deviation is 1 and this is its Eq. 11; without it, or if the weight is multiplied by its deviation
+again, the same rho means the same relative change in any network. ``unit="absolute"`` sets every s_p to 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -158,7 +158,7 @@ class PerturbedSet:
 
     @torch.no_grad()
     def at_quantized(self, gradients: Sequence[Tensor | None]) -> Gradients:
-        """Gradients to the float weights of the layers, in the unit of the quantized ones: times a dropped deviation."""
+        """Gradients to the layers' float weights, in the unit of the quantized ones: times a dropped deviation."""
         dropped = [layer.dropped_deviation() for layer in self.layers]
         return [g if g is None or d is None else g * d for g, d in zip(gradients, dropped, strict=True)]
 

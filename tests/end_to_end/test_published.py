@@ -53,7 +53,12 @@ def test_published_recipes_match_the_papers(name: str) -> None:
     cifar = name == "paper-cifar"
     assert config.quantization.model_dump(
         include={
-            "quantizer", "weight_grid", "granularity", "weight_normalization", "restore_deviation", "clip_init"
+            "quantizer",
+            "weight_grid",
+            "granularity",
+            "weight_normalization",
+            "restore_deviation",
+            "clip_init",
         }
     ) == {
         "quantizer": "clip",

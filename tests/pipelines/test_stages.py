@@ -231,7 +231,17 @@ def test_what_needs_labels_is_refused(
 
 @pytest.mark.parametrize("searcher", ["fisher", "swaps"])
 def test_search_compares_with_float_without_labels(searcher: str, photos: Path, tmp_path: Path) -> None:
-    options = (*NET, "--bops", "w4a4", "--candidates", "2,4,6", "--searcher", searcher, "--calibration", photos)
+    options = (
+        *NET,
+        "--bops",
+        "w4a4",
+        "--candidates",
+        "2,4,6",
+        "--searcher",
+        searcher,
+        "--calibration",
+        photos,
+    )
     found = answer("search", *options, "--run-dir", tmp_path / "search")
     run = answer("quantize", *options, "--no-export", "--run-dir", tmp_path / "run")
 

@@ -12,7 +12,8 @@ from tests.support.networks import NETWORKS, quantize
 
 
 def quantized(bits: int) -> Any:
-    return quantize(NETWORKS["conv_bn"], lambda names: dict.fromkeys(names, LayerBits(weight=bits, activation=bits))).model
+    width = LayerBits(weight=bits, activation=bits)
+    return quantize(NETWORKS["conv_bn"], lambda names: dict.fromkeys(names, width)).model
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,7 @@ def quantized(bits: int) -> Any:
         ("timm/resnet50", 224, (0.15, 0.15, 0.3)),
     ],
 )
-def test_radii_are_those_of_the_paper(
-    network: str, side: int, expected: tuple[float, float, float]
-) -> None:
+def test_radii_are_those_of_the_paper(network: str, side: int, expected: tuple[float, float, float]) -> None:
     found = [published_radius(quantized(bits), side, network) for bits in (2, 3, 4)]
     assert tuple(radius.rho for radius in found) == expected
     for bits, radius in zip((2, 3, 4), found, strict=True):

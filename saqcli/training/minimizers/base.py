@@ -402,7 +402,9 @@ class Minimizer:
         """
         passes = average(self.model, self.trained, passes)
         if scaler is not None and scaler.is_enabled():
-            if not (self.one_pass and passes.ascended):  # whose loss is that at the perturbed point, one of the norms
+            if not (
+                self.one_pass and passes.ascended
+            ):  # whose loss is that at the perturbed point, one of the norms
                 check_step(passes.loss, advice=advice)
             if not _unscale(self.base, self.trained, passes, scaler):
                 scaler.step(self.base)  # does nothing

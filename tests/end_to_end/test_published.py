@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import saqcli
 from saqcli.cli import app
 from saqcli.config import TrainingSection, recipes, resolve
+from saqcli.errors import ConfigError
 from saqcli.pipelines.bits import make_searcher, scheme_of
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.training.optimizer import check_training, make_optimizer, make_schedule
@@ -107,6 +108,24 @@ def test_published_searches_match_the_papers() -> None:
     training = asga.training
     assert (training.lr, training.schedule, training.warmup_epochs) == (0.04, "cosine", 5)
     assert resolve(recipe="later-saq", options=named).training.perturb == "layers"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search.options": {"samq": {"warmup": -1}}}, "search.options.samq.warmup -1 is not possible"),
+        (
+            {"search.options": {"samq": {"milestones": [5, 2]}}},
+            r"search.options.samq.milestones \[5, 2\] is not",
+        ),
+        ({"search.options": {"samq": {"controller_betas": [1]}}}, "search.options.samq.controller_betas"),
+        ({"search.epochs": 0.5}, "`search.epochs` 0.5 is not possible"),
+    ],
+)
+def test_options_of_a_searcher_are_named(given: dict[str, Any], message: str) -> None:
+    named = {"model.name": MODEL, "quantization.bops": "w4a4", "quantization.searcher": "samq"}
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        make_searcher(resolve(options=named | given))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +237,8 @@ def test_granularity_and_normalization_are_options(digits: Path, tmp_path: Path)
         (("--quantizer", "magic"), "there is no quantizer 'magic'"),
         (("--quantizer", "lsq", "--weight-norm"), "quantizer lsq has no weight normalization"),
         (("--quantizer", "pact", "--set", "quantization.clip_init=paper"), "not defined for quantizer pact"),
+        (("--recipe", "paper-cifar", "--compensate"), "restore_deviation=False changes their scale"),
+        (("--recipe", "paper-cifar", "--short-steps", 5), "not supported with --short-steps"),
     ],
 )
 def test_incompatible_options_fail_early(options: tuple[str, ...], message: str, tmp_path: Path) -> None:

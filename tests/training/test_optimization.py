@@ -1,6 +1,7 @@
 """From settings to optimizer and minimizer."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ def test_radius_is_the_configured_one(options: dict[str, float]) -> None:
         ("saq", "all", {"weight", "bias", "norm", "level"}),
         ("saq", "weights", {"weight"}),
         ("saq", "norms", {"norm"}),
+        ("saq", "layers", {"weight", "bias"}),
         ("sam", "weights", {"latent"}),
         ("msam", "norms", {"norm"}),
     ],
@@ -86,6 +88,32 @@ def test_sharpness_starts_at_its_share_of_the_steps() -> None:
 
     assert isinstance(trainer.minimizer, SharpnessAware)
     assert trainer.minimizer.start == 16
+
+
+def test_last_step_ascends_in_any_case() -> None:
+    training = TrainingSection(epochs=2, sharpness_from=0.999)
+    model = nn.Sequential(nn.Linear(1, 1))
+    wrap(model)
+    batches = [(torch.randn(2, 1), torch.zeros(2).long())] * 4
+    trainer = Trainer(model, batches, training, num_classes=1, image_size=2)
+
+    assert isinstance(trainer.minimizer, SharpnessAware)
+    assert trainer.minimizer.start == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "other", "same"),
+    [
+        ({"perturb": "norms"}, "perturb", ["weights"], ["norms"]),
+        ({"rho": 0.2}, "rho", 0.3, 0.2),
+        ({"sam_interval": 3}, "interval", 2, 3),
+    ],
+)
+def test_contradicting_options_are_refused(settings: Any, name: str, other: Any, same: Any) -> None:
+    model = quantize(NETWORKS["conv_bn"]).model
+    with pytest.raises(ConfigError, match=rf"`training\.\w+` and `training\.minimizer\.{name}=.*differ"):
+        minimizer_of(model, TrainingSection(**settings, minimizer={name: other}))
+    minimizer_of(model, TrainingSection(**settings, minimizer={name: same}))
 
 
 @pytest.mark.parametrize("settings", [{"perturb": "norms"}, {"sharpness_from": 0.5}])

@@ -3,12 +3,18 @@
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from saqcli.config import TrainingSection
 from saqcli.quant.bits import LayerBits
+from saqcli.quant.convert import Scheme
+from saqcli.quant.layer import is_convolution, quantized_layers
+from saqcli.training.minimizers import MINIMIZERS
 from saqcli.training.optimizer import chosen_radius
 from saqcli.training.radii import published_radius
-from tests.support.networks import NETWORKS, quantize
+from tests.support.networks import NETWORKS, images, quantize
 
 
 def quantized(bits: int) -> Any:
@@ -46,3 +52,31 @@ def test_given_radius_names_its_setting(options: Any) -> None:
     found = chosen_radius(quantized(4), TrainingSection(**options), 32, "saq/preresnet20")
     assert found.rho == 0.6
     assert found.source == ("training.rho" if "rho" in options else "training.minimizer.rho")
+
+
+@pytest.mark.parametrize("method", ["saq", "case1", "msam"])
+def test_relative_perturbation_is_the_same_without_deviations(method: str) -> None:
+    """Behind a batch norm a dropped deviation changes no loss, and the same radius is the same relative change."""
+    found = []
+    for restored in (True, False):
+        scheme = Scheme(granularity="tensor", weight_normalization=True, restore_deviation=restored)
+        model = quantize(NETWORKS["conv_bn"], scheme=scheme).model.train()
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        minimizer = MINIMIZERS[method](model, base, rho=0.4)
+        seen: list[list[float]] = []
+        for _ in range(2):
+            minimizer.step(lambda model=model, seen=seen: _loss(model, seen))
+        found.append(seen[-1])
+    assert any(found[0])
+    assert found[1] == pytest.approx(found[0], rel=0.05)  # norms have an epsilon
+
+
+def _loss(model: nn.Module, seen: list[list[float]]) -> Tensor:
+    """A loss, which notes how far each convolution's weight is from the quantized one, relative to that."""
+    row = []
+    for layer in quantized_layers(model).values():
+        if is_convolution(layer):
+            moved, own = layer.quantized_weight(), layer.weight_quantizer(layer.effective_weight())
+            row.append(float((moved - own).detach().norm() / own.detach().norm()))
+    seen.append(row)
+    return F.cross_entropy(model(images(16)), torch.arange(16) % 5)

@@ -267,6 +267,7 @@ class QuantizationSection(_Section):
 
     ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are set for the
     inputs. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
+    ``restore_deviation`` multiplies normalized weights by the deviation of the float ones again; false as in the paper.
     ``correct_bias`` and ``recalibrate_bn`` compensate the mean shift by quantization after calibration.
     """
 
@@ -408,6 +409,7 @@ class QuantizationSection(_Section):
             names=("weight-norm",),
         ),
     ] = False
+    restore_deviation: bool = True
     clip_init: Literal["error", "output", "paper"] = "error"
     error_power: Annotated[float, Field(ge=1, le=4)] = 2.0
     short_steps: Annotated[
@@ -452,6 +454,7 @@ class QuantizationSection(_Section):
             "min_top1": None,
             "weight_quantizer": None,
             "activation_quantizer": None,
+            "restore_deviation": True,
             "error_power": 2.0,
             "short_steps": None,
             "balance_norms": False,
@@ -634,7 +637,10 @@ class TrainingSection(_Section):
         Option("Unit of `training.rho`: standard deviations of each layer's weights, or none"),
     ] = "deviation"
     perturb: Annotated[
-        Literal["all", "weights", "norms"], Option("What ascends, of all that the method perturbs")
+        Literal["all", "weights", "norms", "layers"],
+        Option(
+            "What ascends, of all that the method perturbs: weights, norms, or layers (their weights and biases)"
+        ),
     ] = "all"
     sharpness_from: Annotated[
         float,

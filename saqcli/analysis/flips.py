@@ -108,6 +108,8 @@ class _LayerSums:
         step = quantizer.fold(before)[0].step()
         codes = quantizer.codes(before), quantizer.codes(after)
         e = (after - before).double()
+        dropped = quantizer.dropped_deviation(before)
+        e = e if dropped is None else e / dropped  # in units of the step
         moved = ((codes[1] - codes[0]) * step).double()
         gap = step.abs() * quantizer.grid().gap
         self.sums = (

@@ -125,6 +125,7 @@ def check_export(
     weight_grid: WeightGrid = "auto",
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
+    restore_deviation: bool = True,
     short_steps: int | None = None,
     target: str | Path | Target | None = None,
     junctions: Iterable[str] = (),
@@ -142,6 +143,7 @@ def check_export(
         weight_grid: levels of weights.
         granularity: of clipping levels.
         weight_normalization: of the weights of convolutions.
+        restore_deviation: multiply normalized weights by their deviation again; False as in the SAQ paper.
         short_steps: most significant bits of every step.
         target: where the module will run, which may be asked of a quantized module, too.
         junctions: kinds of further operators whose operands are quantized.
@@ -161,6 +163,7 @@ def check_export(
             weight_grid,
             granularity,
             weight_normalization,
+            restore_deviation,
             target=place,
             short_steps=short_steps,
         )

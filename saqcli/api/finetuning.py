@@ -99,6 +99,7 @@ def finetune(
         training.model_copy(update={"distill": teacher is not None}),
         num_classes=classes,
         image_size=max(shapes[0][1:] or shapes[0]),
+        network=about.name,
         validation=None if validation is None else labelled(validation, skipped=True),
         teacher=teacher,
         criterion=None if loss is None else _checked(loss),

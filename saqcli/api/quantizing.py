@@ -67,6 +67,7 @@ def quantize_model(
     weight_grid: WeightGrid = "auto",
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
+    restore_deviation: bool = True,
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
     short_steps: int | None = None,
@@ -114,6 +115,7 @@ def quantize_model(
         weight_grid: levels of weights: ``paper`` (none at zero), ``zero``, or ``auto``: paper up to 7 bits, int8 at 8.
         granularity: one clipping level of a weight per output ``channel``, or per ``tensor``.
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean.
+        restore_deviation: multiply normalized weights by their deviation again; False as in the SAQ paper.
         clip_init: levels start at the least quantization ``error``, at the least error of each layer's ``output``, or
             as in the SAQ ``paper``.
         error_power: exponent p of the quantization error, the sum of |e|**p, 1 to 4.
@@ -166,6 +168,7 @@ def quantize_model(
         weight_grid,
         granularity,
         weight_normalization,
+        restore_deviation,
         clip_init,
         error_power,
         place,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from saqcli.api.accuracy import Accuracy, AccuracyBound, keep, middle, wanted_accuracy
@@ -73,6 +74,7 @@ def search(
     weight_grid: WeightGrid = "auto",
     granularity: Granularity = "channel",
     weight_normalization: bool = False,
+    restore_deviation: bool = True,
     clip_init: ClipInit = "error",
     error_power: float = 2.0,
     short_steps: int | None = None,
@@ -111,6 +113,7 @@ def search(
         weight_grid: levels of weights.
         granularity: of clipping levels.
         weight_normalization: of the weights of convolutions.
+        restore_deviation: multiply normalized weights by their deviation again; False as in the SAQ paper.
         clip_init: where levels start.
         error_power: exponent of the quantization error.
         short_steps: most significant bits of every step.
@@ -146,6 +149,7 @@ def search(
         weight_grid,
         granularity,
         weight_normalization,
+        restore_deviation,
         clip_init,
         error_power,
         place,
@@ -213,7 +217,8 @@ def find_bits(
     found = searcher_with(searcher, options or {})
     images = NO_IMAGES
     if entry.uses_images or accuracy is not None:
-        images = search_images(network, searcher, calls, seed)
+        needs_labels = entry.uses_labels or accuracy is not None
+        images = search_images(network, searcher, calls, seed, needs_labels=needs_labels)
     given = {"optimizer": "sgd", "lr": lr, "weight_decay": 1e-4}
     training = parse_object(TrainingSection, given, "the search", ConfigError)
     model = copied(network.model)
@@ -268,8 +273,10 @@ def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:
         return make(**options)
 
 
-def search_images(network: Network, searcher: str, calls: Calls | None, seed: int) -> SearchImages:
-    """Labelled batches for a searcher; every second image is trained on, the others compare configurations.
+def search_images(
+    network: Network, searcher: str, calls: Calls | None, seed: int, *, needs_labels: bool
+) -> SearchImages:
+    """Batches for a searcher, labelled if they can be; every second image is trained on, the others compare.
 
     Raises:
         DataError: there are no labelled images, or labels are no classes.
@@ -283,6 +290,9 @@ def search_images(network: Network, searcher: str, calls: Calls | None, seed: in
             "error or uniform, which need none"
         )
     batches = [] if calls is None else list(calls.labelled(scores.shape[1]))
+    labelled = bool(batches) or calls is None or needs_labels
+    if not labelled and calls is not None:
+        batches = [(call.tensors[0], torch.zeros(call.count).long()) for call in calls]
     if not batches:
         raise DataError(f"searcher {searcher} needs labelled images: give batches (images, labels)")
     trained, held_out = _every_second(batches, 0), _every_second(batches, 1)
@@ -293,6 +303,7 @@ def search_images(network: Network, searcher: str, calls: Calls | None, seed: in
         held_out=ShuffledBatches(held_out, seed),
         scoring=held_out,
         whole=ShuffledBatches(batches, seed),
+        labelled=labelled,
     )
 
 

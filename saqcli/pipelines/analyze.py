@@ -45,7 +45,7 @@ from saqcli.serialization import (
     remove_unfinished,
     write_text,
 )
-from saqcli.training.perturbation import default_rho
+from saqcli.training.radii import published_radius
 
 AGAINST = "against"  # folder of the second model
 Options = Mapping[str, Mapping[str, Any]]  # settings of an instrument's own, by its name
@@ -452,7 +452,9 @@ def _check_free(request: Request) -> None:
 
 def _with_radius(request: Request, first: OpenedModel) -> Settings:
     """The settings with the given radius, or with the default of training for the first model."""
-    rho = default_rho(first.subject.model, first.side) if request.rho is None else request.rho
+    rho = request.rho
+    if rho is None:
+        rho = published_radius(first.subject.model, first.side, first.metadata.policy.model).rho
     return request.settings.model_copy(update={"rho": rho})
 
 

@@ -128,7 +128,15 @@ def make_searcher(config: RunConfig) -> Searcher:
         options["epochs"] = int(section.epochs) if whole else section.epochs
     if section.rho is not None:
         options["rho"] = section.rho
-    return searcher_with(name, options)
+    try:
+        return searcher_with(name, options)
+    except ConfigError as error:
+        option, _, rest = str(error).partition(" ")
+        if option not in options:
+            raise
+        common = getattr(section, option, None) is not None
+        setting = f"`search.{option}`" if common else f"search.options.{name}.{option}"
+        raise ConfigError(f"{setting} {rest}") from None
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:
@@ -277,6 +285,7 @@ def scheme_of(section: QuantizationSection) -> Scheme:
         weight_grid=section.weight_grid,
         granularity=section.granularity,
         weight_normalization=section.weight_normalization,
+        restore_deviation=section.restore_deviation,
         clip_init=section.clip_init,
         weight_quantizer=section.weight_quantizer,
         activation_quantizer=section.activation_quantizer,
@@ -294,9 +303,26 @@ def check_scheme(config: RunConfig) -> None:
     """
     target, scheme, problems = target_of(config.quantization), scheme_of(config.quantization), Problems()
     problems.attempt(scheme.check)
+    problems.attempt(_check_comparisons, config)
     problems.attempt(target.check_scheme, scheme)
     problems.attempt(target.check_styles, config.export.styles)
     problems.check()
+
+
+def _check_comparisons(config: RunConfig) -> None:
+    """Refuse stages that compare outputs of layers with those of the float network, if their scale differs."""
+    asked = {
+        "quantization.correct_bias": config.quantization.correct_bias,
+        "quantization.compensate": config.quantization.compensate,
+        "reconstruction.enabled": config.reconstruction.enabled,
+    }
+    given = [f"`{setting}`" for setting, value in asked.items() if value]
+    dropped = config.quantization.weight_normalization and not config.quantization.restore_deviation
+    if given and dropped:
+        raise ConfigError(
+            f"{' and '.join(given)} compare outputs of layers with those of the float network, and "
+            "`quantization.restore_deviation=False` changes their scale: remove either"
+        )
 
 
 def check_deployment(target: str) -> None:

@@ -43,7 +43,7 @@ from saqcli.progress import SILENT
 from saqcli.searchers import SEARCHERS
 from saqcli.serialization import named_path
 from saqcli.tasks.labels import check_files
-from saqcli.training.optimizer import check_training, make_optimizer, search_training
+from saqcli.training.optimizer import check_perturbed, check_training, make_optimizer, search_training
 from saqcli.training.preflight import check_trains
 
 
@@ -219,7 +219,8 @@ def _needs_labels(config: RunConfig) -> ConfigError:
         what = f"`search.pareto={config.search.pareto}` scores"
     else:
         what = f"`quantization.searcher={config.quantization.searcher}` searches"
-    free = " or ".join(name for name, entry in SEARCHERS.items() if not entry.uses_images)
+    *most, last = (name for name, entry in SEARCHERS.items() if not entry.uses_labels)
+    free = f"{', '.join(most)} or {last}"
     return ConfigError(
         f"{what} on labelled images, and `data.calibration` has none: use `data.path=DIR` with train/, or "
         f"`quantization.searcher=NAME` with {free}, without a front"
@@ -270,11 +271,11 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
 
 
 def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
-    """Wrap and trace the network, and check bits, budget and distillation for it.
+    """Wrap and trace the network, and check bits, budget, perturbed tensors and distillation for it.
 
     Raises:
-        SaqError: a policy of another network, a budget below the smallest reachable cost, or no trained float model to
-            distill from.
+        SaqError: a policy of another network, a budget below the smallest reachable cost, nothing of what
+            ``training.perturb`` names, or no trained float model to distill from.
     """
     if config.training.distill and not loaded.trained:
         raise ConfigError(
@@ -283,6 +284,8 @@ def network_for(config: RunConfig, loaded: LoadedModel) -> Network:
         )
     section = config.quantization
     network = wrap_and_trace(loaded, section)
+    if config.training.epochs:
+        check_perturbed(network.model, config.training)
     if given_policy(config.quantization, network) is None:
         space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
     return network

@@ -111,6 +111,7 @@ class FoundBits:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in ``search.json``; accuracies in percent."""
         score = self.result.score(self.result.choice) if self.result.score else None
+        labelled = self.bound.problem.images.labelled
         costs, other = self.bound.problem.space.costs, {}
         if costs.unit != self.bound.network.costs.unit:
             other = {"cost": self.cost.bops, "cost_unit": costs.unit, "budget_cost": self.budget.bops}
@@ -125,8 +126,8 @@ class FoundBits:
             "budget_bytes": self.budget.size,
             **other,
             "seconds": round(self.seconds, 1),
-            "scoring_top1": score.top1 if score else None,
-            "scoring_loss": score.loss if score else None,
+            "scoring_top1": score.top1 if score and labelled else None,
+            "scoring_loss": score.loss if score and labelled else None,
             "scoring_divergence": score.divergence if score else None,
             "scored": len(self.result.scored),
             **({} if self.accuracy is None else {"accuracy": self.accuracy.to_dict()}),

@@ -64,6 +64,7 @@ def search_images(images: Images, section: SearchSection, progress: Progress) ->
         held_out=replace(images, train=held_out, section=plain).training(),
         scoring=CachedBatches(scoring, progress),
         whole=replace(images, train=split).training(),
+        labelled=images.trains,
     )
 
 

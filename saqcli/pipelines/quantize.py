@@ -120,6 +120,7 @@ def quantize(
                         config.training,
                         num_classes=int(metadata.build["num_classes"]),
                         image_size=max(images.preprocessing.input_size[1:]),
+                        network=metadata.policy.model,
                         validation=images.validation(),
                         initial=result.start,
                         teacher=teacher,
@@ -131,7 +132,7 @@ def quantize(
                     with timed(run, "fine-tuned"):
                         trainer.fit()
                 run.note_training(**trainer.execution.recorded())
-                best, last = trainer.best, trainer.last
+                best, last, result.radius = trainer.best, trainer.last, trainer.radius
                 del trainer, teacher  # frees optimizer, average and loaders before evaluation and export
                 measured = scorer.of(model, "fine-tuned", "evaluating")
                 result.score = measured.score

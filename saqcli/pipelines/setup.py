@@ -211,6 +211,8 @@ def needs_labels(config: RunConfig) -> bool:
 def searches_on_labels(config: RunConfig) -> bool:
     """Whether a run searches on labelled training images; a proxy brings its own.
 
+    A searcher that needs no labels uses them where ``data.path`` gives labelled images.
+
     Raises:
         ConfigError: there is no such searcher.
     """
@@ -221,7 +223,9 @@ def searches_on_labels(config: RunConfig) -> bool:
         return True
     if section.bops is None and section.size is None:
         return False
-    return SEARCHERS.find(section.searcher).uses_images or config.search.pareto > 0
+    entry = SEARCHERS.find(section.searcher)
+    unlabelled = not entry.uses_labels and config.data.path is None
+    return (entry.uses_images and not unlabelled) or config.search.pareto > 0
 
 
 def saved_model(

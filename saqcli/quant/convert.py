@@ -33,7 +33,7 @@ from saqcli.quant.products import (
     quantized_products,
     split_name,
 )
-from saqcli.quant.quantizers import QUANTIZERS, Quantizer
+from saqcli.quant.quantizers import QUANTIZERS, NormalizedClipWeight, Quantizer
 from saqcli.quant.quantizers.base import Granularity
 from saqcli.quant.routing import RoutedParent, routed_class, tell_no_route, tell_route
 from saqcli.quant.short_steps.absorb import absorbed_norms as absorbed_norms
@@ -54,6 +54,8 @@ class Scheme(BaseModel):
         granularity: one clipping level per output ``channel`` of a weight, or one per ``tensor``.
         weight_normalization: quantize the weights of convolutions in standard deviations from their mean (``clip``
             only).
+        restore_deviation: multiply normalized weights by the deviation of the float ones again; False as in the SAQ
+            paper, and only then in JSON. Without weight normalization it means nothing.
         clip_init: initial levels by least quantization ``error``, by least error of each layer's ``output`` on
             calibration images, or as in the SAQ ``paper`` (``clip`` only).
         weight_quantizer: name in ``QUANTIZERS``, of weights; None for ``quantizer``.
@@ -71,6 +73,7 @@ class Scheme(BaseModel):
     weight_grid: WeightGrid = "auto"
     granularity: Granularity = "channel"
     weight_normalization: bool = False
+    restore_deviation: bool = True
     clip_init: ClipInit = "error"
     weight_quantizer: str | None = None
     activation_quantizer: str | None = None
@@ -81,6 +84,7 @@ class Scheme(BaseModel):
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         defaults = {
+            "restore_deviation": True,
             "weight_quantizer": None,
             "activation_quantizer": None,
             "error_power": SQUARED,
@@ -117,6 +121,8 @@ class Scheme(BaseModel):
                 f"quantizer {name} has no weight normalization: choose {able}, or "
                 "`quantization.weight_normalization=False`"
             )
+        if self.weight_normalization and not self.restore_deviation:
+            self._check_dropped()
         if self.clip_init == "paper" and not self.has_published_levels:
             of = name if not _is_published(weights) else self.names[1]
             able = ", ".join(
@@ -136,6 +142,18 @@ class Scheme(BaseModel):
                     f"`quantization.{setting}={value}` is not defined for quantizer {name}: choose "
                     f"{', '.join(supported)}, or another `quantization.weight_quantizer`"
                 )
+
+    def _check_dropped(self) -> None:
+        """Refuse to leave out deviations where a quantizer cannot, or where layers are compared with float ones."""
+        needs = None
+        if not issubclass(QUANTIZERS[self.names[0]].normalized or Quantizer, NormalizedClipWeight):
+            needs = f"is not defined for quantizer {self.names[0]}: remove it, or choose clip"
+        elif self.clip_init == "output":
+            needs = "changes the scale of outputs, which `quantization.clip_init=output` compares: choose another start"
+        elif self.short_steps is not None:
+            needs = "is not supported with `quantization.short_steps`: remove one of the two"
+        if needs:
+            raise ConfigError(f"`quantization.restore_deviation=False` {needs}")
 
     def level_shape(self, layer: QuantizedLayer) -> tuple[int, ...]:
         """Shape of one clipping level of the layer's weight; broadcasts against the weight."""
@@ -161,7 +179,10 @@ class Scheme(BaseModel):
             assert normalized is not None
             kind = normalized
         by_bits = {bits: kind.weight_grid(bits, self.weight_grid) for bits in candidates}
-        return self._ready(kind(by_bits, self.level_shape(layer)), layer)
+        quantizer = kind(by_bits, self.level_shape(layer))
+        if isinstance(quantizer, NormalizedClipWeight):
+            quantizer.restores_deviation = self.restore_deviation
+        return self._ready(quantizer, layer)
 
     def new_input_quantizer(
         self, layer: QuantizedLayer, candidates: Iterable[int], *, signed: bool

@@ -97,6 +97,13 @@ class QuantizedLayer(nn.Module):
         quantized: Tensor = self.input_quantizer(x)
         return quantized
 
+    def dropped_deviation(self) -> Tensor | None:
+        """The deviation of the effective weight that Q(w) leaves out, a scalar; None if there is none."""
+        quantizer = (self.tied_to[0] if self.tied_to else self).weight_quantizer
+        if not isinstance(quantizer, Quantizer):
+            return None
+        return quantizer.dropped_deviation(self.effective_weight())
+
     def quantized_bias(self) -> Tensor | None:
         """The bias that the layer adds: the parameter, with short steps rounded to multiples of ``unit_of_sums``."""
         bias = self._parameters["bias"]

@@ -17,6 +17,7 @@ from saqcli.serialization import write_text
 from saqcli.target import PAPER, target_of
 from saqcli.tasks.classification import Score
 from saqcli.training.best import Best, advice
+from saqcli.training.radii import Radius
 from saqcli.units import counted, format_duration, format_quantity
 
 # Figures of the verdict on an ONNX file, and its size.
@@ -69,6 +70,7 @@ class QuantizeResult:
         scored_on: what the scores are of, see ``data.splits.Images``.
         untrained_score: before fine-tuning, after the last stage without labels.
         seconds: of each stage, over all processes.
+        radius: of the perturbation, and its source; None without one.
     """
 
     model: str
@@ -95,6 +97,7 @@ class QuantizeResult:
     scored_on: str = "validation"
     untrained_score: Score | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    radius: Radius | None = None
 
     def add_stage(self, stage: str, score: Score, agreement: float | None) -> dict[str, Any]:
         """Record the end of a stage; returns its figures.
@@ -157,6 +160,8 @@ class QuantizeResult:
             "calibrated_top1": _known(self.calibrated_score.top1),
             "stages": [{**row, "seconds": _rounded(self.seconds.get(row["stage"]))} for row in self.stages],
             "epochs": self.epochs,
+            "rho": self.radius and self.radius.rho,
+            "rho_source": self.radius and self.radius.source,
             "last_top1": self.last_score and self.last_score.top1,
             "best_epoch": self.best_epoch,
             "best_top1": self.best_score and _known(self.best_score.top1),
@@ -183,7 +188,11 @@ class QuantizeResult:
     def pack(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         packed = asdict(self)
-        del packed["onnx"], packed["seconds"]  # unknown until the end of the run; in the manifest
+        del (
+            packed["onnx"],
+            packed["seconds"],
+            packed["radius"],
+        )  # unknown until the end of the run; in the manifest
         packed["policy"] = self.policy.to_json()
         return packed
 
@@ -371,7 +380,9 @@ def _training_summary(config: RunConfig, results: dict[str, Any]) -> str:
     stages = [row["stage"] for row in results["stages"] if row["stage"] != "fine-tuned"] or ["calibrated"]
     if not training.epochs:
         return f"{', '.join(stages).capitalize()}, not fine-tuned"
-    return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}"
+    rho = results.get("rho")  # unknown in runs of earlier versions
+    radius = "" if rho is None else f", radius {rho:g} ({results['rho_source']})"
+    return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}{radius}"
 
 
 def _onnx_summary(results: dict[str, Any]) -> str:

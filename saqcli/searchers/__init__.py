@@ -64,6 +64,7 @@ class SearcherEntry(NamedTuple):
         description: one line for lists of searchers.
         trains: whether it trains weights; if so, its length is counted in epochs.
         uses_images: whether it needs images.
+        uses_labels: whether the images need labels.
         fills_budget: promises to use at least ``BUDGET_USE`` of a bound wherever the space has such a configuration.
         keeps_scores: whether its results have ``losses``, from which another budget can be solved.
     """
@@ -72,6 +73,7 @@ class SearcherEntry(NamedTuple):
     description: str
     trains: bool = False
     uses_images: bool = True
+    uses_labels: bool = True
     fills_budget: bool = False
     keeps_scores: bool = False
 
@@ -111,19 +113,23 @@ _OURS = {
     "fisher": SearcherEntry(
         Fisher,
         "divergence from the float network by one backward pass an image, exact knapsack",
+        uses_labels=False,
         fills_budget=True,
         keeps_scores=True,
     ),
-    "swaps": SearcherEntry(Swaps, "the best of simple configurations, improved by measured swaps of bits"),
+    "swaps": SearcherEntry(
+        Swaps, "the best of simple configurations, improved by measured swaps of bits", uses_labels=False
+    ),
     "random": SearcherEntry(RandomSearch, "best of several random configurations", fills_budget=True),
     "error": SearcherEntry(
         ErrorKnapsack,
         "relative quantization errors, exact knapsack; takes seconds",
         uses_images=False,
+        uses_labels=False,
         fills_budget=True,
         keeps_scores=True,
     ),
-    "uniform": SearcherEntry(Uniform, "the same bits everywhere", uses_images=False),
+    "uniform": SearcherEntry(Uniform, "the same bits everywhere", uses_images=False, uses_labels=False),
 }
 SEARCHERS: Plugins[SearcherEntry] = Plugins("searchers", "searcher", _OURS, _problem)
 

@@ -27,7 +27,8 @@ Differs from ASGA:
   ||g|| < 1. A running mean of h is used.
 - rho is in units of weight deviations, and the perturbation is added to quantized weights, as in SAQ.
 - An exact knapsack replaces lowering bits one by one until the budget is met.
-- Logits have their own optimizer, Adam, and a step uses few images: less than an epoch suffices instead of 90.
+- Logits have their own optimizer, Adam, and a step uses few images: less than an epoch suffices instead of 90
+  (``logit_optimizer="sgd"``, ``step_images`` and ``epochs`` as published: recipe ``paper-asga``).
 - ``bilevel`` trains weights and logits on different images, alternating by epoch (DARTS, arXiv:1806.09055, alternates
   by step).
 """
@@ -53,7 +54,7 @@ from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import average_gradients, check_step, gradients_of, running_statistics
 from saqcli.training.objective import cut, micro_batches
-from saqcli.training.optimizer import CosineRates
+from saqcli.training.optimizer import Rates
 from saqcli.training.options import check_choice, check_count, check_flag, check_number
 from saqcli.training.perturbation import Gradients, Perturbation, PerturbedSet, RadiusUnit, add_up
 from saqcli.training.step import Recovery, Snapshot
@@ -79,6 +80,7 @@ class Settings:
         align: ``sagm``, or ``none`` for the same search on the plain loss, without a second pass.
         cost_weight: ``lambda``.
         logit_lr: initial learning rate of the logits.
+        logit_optimizer: ``adam``, or ``sgd`` with momentum 0.9 as in EdMIPS.
         temperature_end: softmax temperature at the last step, from 1 at the first; 1 keeps it constant.
         bilevel: train the logits on held-out images.
 
@@ -95,6 +97,7 @@ class Settings:
     align: Align = "sagm"
     cost_weight: float = 3.0
     logit_lr: float = 0.1
+    logit_optimizer: Literal["adam", "sgd"] = "adam"
     temperature_end: float = 1.0
     bilevel: bool = False
 
@@ -111,6 +114,7 @@ class Settings:
         check_flag("bilevel", self.bilevel)
         check_choice("rho_unit", self.rho_unit, get_args(RadiusUnit))
         check_choice("align", self.align, get_args(Align))
+        check_choice("logit_optimizer", self.logit_optimizer, ("adam", "sgd"))
 
 
 class Descent:
@@ -134,11 +138,15 @@ class Descent:
         self.optimizer = problem.optimizer(self.model)
         self.mixtures = Mixtures(self.supernet)
         self.logits = self.mixtures.parameters()
-        self.logit_optimizer = torch.optim.Adam(self.logits, lr=settings.logit_lr)
+        self.logit_optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(self.logits, lr=settings.logit_lr)
+            if settings.logit_optimizer == "adam"
+            else torch.optim.SGD(self.logits, lr=settings.logit_lr, momentum=0.9)
+        )
         groups = self.optimizer.param_groups
         self.weights = [p for group in groups for p in group["params"] if p.requires_grad]
         self.set = PerturbedSet(self.model, ("weights", "biases", "norms"))
-        self._rates = CosineRates(self.optimizer, self.logit_optimizer)
+        self._rates = Rates(self.optimizer, self.logit_optimizer)
         images = problem.images
         self.phases: list[tuple[Batches, set[str]]] = [(images.whole, {"weights", "logits"})]
         if settings.bilevel:
@@ -292,7 +300,7 @@ class Descent:
     def _schedule(self) -> None:
         """Set learning rates and temperature of the next step."""
         fraction = min(1.0, self.done / max(self.total, 1))
-        self._rates.set(fraction)
+        self._rates.cosine(fraction)
         self.mixtures.set_temperature(self.settings.temperature_end**fraction)
 
     def _update_radius(self, loss: float, gap: float) -> None:

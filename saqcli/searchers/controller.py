@@ -184,6 +184,7 @@ class Reinforce:
         controller: to be trained.
         lr: learning rate of Adam.
         weight_decay: of Adam; the paper's is 5e-5.
+        betas: of Adam; those of the released code are (0.5, 0.999).
         entropy_weight: weight of the entropy of a whole sequence.
         baseline: ``ema`` subtracts the moving average of the costs, ``none`` nothing.
         replay: number of draws per update.
@@ -198,11 +199,15 @@ class Reinforce:
         entropy_weight: float,
         baseline: Baseline,
         replay: int,
+        betas: Sequence[float] = (0.9, 0.999),
     ) -> None:
         self.controller, self.entropy_weight = controller, entropy_weight
         self.baseline: Baseline = baseline
         self.replay = replay
-        self.optimizer = torch.optim.Adam(controller.parameters(), lr=lr, weight_decay=weight_decay)
+        first, second = betas
+        self.optimizer = torch.optim.Adam(
+            controller.parameters(), lr=lr, weight_decay=weight_decay, betas=(first, second)
+        )
         self.average: float | None = None  # moving average of the costs
         self.distance = 0.0  # mean distance of the costs from the average
         self._draws: list[

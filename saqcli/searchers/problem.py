@@ -41,12 +41,14 @@ class SearchImages:
         held_out: disjoint from those, in their evaluation view.
         scoring: a fixed part of the held-out images, to compare configurations on.
         whole: all images, augmented, for a search that trains weights and bits on the same images.
+        labelled: whether labels mean anything; without, scores have no accuracy and no loss.
     """
 
     training: Batches
     held_out: Batches
     scoring: Sequence[Batch]
     whole: Batches
+    labelled: bool = True
 
 
 class _NoBatches:
@@ -71,7 +73,7 @@ class Scored(NamedTuple):
     Attributes:
         choice: one option index per decision.
         cost: of the configuration.
-        top1: percent, on the scoring images, at the starting point of fine-tuning.
+        top1: percent, on the scoring images, at the starting point of fine-tuning; NaN without labels, as the loss.
         loss: mean cross-entropy on the same images.
         divergence: mean Kullback-Leibler divergence of its class probabilities from those of the float network, in
             nats, on the same images; labels do not enter. NaN where unknown.

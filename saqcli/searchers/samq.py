@@ -9,7 +9,7 @@ The supernet shares weights among all configurations; supernet and controller ar
             R(b) log pi(b) - entropy_weight * H(pi)          to be minimized; R is a cost
             R(b) = L(Q(w, b) + e) - L(Q(w, r)) + cost_weight * (c(b) / C - 1)**2          r a reference configuration
 
-    then draw configurations that fit the budget, and take the one with the highest accuracy
+    then draw configurations that fit the budget, and take the best one
 
 ``e`` is SAQ's perturbation on the same held-out batch, over every searched layer. R is a plain number: no gradient
 passes through it. Controller phases begin after ``warmup`` epochs. Source: Liu et al., arXiv:2111.12273, section 4,
@@ -20,9 +20,9 @@ Differs from the paper; the option in brackets restores the paper's behavior:
 - A moving average of R is subtracted (``baseline="none"``). The loss of a fixed configuration r on the same images is
   subtracted too (``reference="none"``): it does not depend on b, and removes the noise of the batch from the reward. A
   batch is cut into parts of ``reward_images``, one draw each.
-- The penalty is relative to the budget, so that one weight serves every model. The paper's ``cost_weight`` is 45 in
-  its CIFAR setting and 6 for ImageNet. C is the middle of the searched window; of several bounds, the one that is
-  used most counts.
+- The penalty is relative to the budget, so that one weight serves every model; ``cost_unit="M"`` with 1e-4 is the
+  paper's on CIFAR, ``"G"`` with 5e-3 that for ImageNet. C is the middle of the searched window, in the paper the budget
+  (``penalty_center="budget"``); of several bounds, the one that is used most counts.
 - Draws are repeated until one fits the budget and uses it (``within="anything"``). The objective is then the mean
   cost given that a draw fits; with a baseline subtracted, omitting the probability of fitting from the gradient makes
   no difference on average. The controller starts at configurations that cost the budget (``prior="none"``), by
@@ -31,7 +31,12 @@ Differs from the paper; the option in brackets restores the paper's behavior:
 - Every reward is used ``replay`` times, clipped as in PPO (arXiv:1707.06347), since a search is short (``replay=1``).
 - Draws are compared at the starting point of fine-tuning: float weights, calibrated at the draw's bits, with
   corrections (``score_in="supernet"`` compares them in the trained supernet). The configuration of least quantization
-  noise is compared with them. The least divergence from the float network wins.
+  noise is compared with them (``compare_reference=False``). The least divergence from the float network wins
+  (``select_by="accuracy"`` as in the paper's text, ``sharpness`` as in the released code).
+- The learning rate of the weights follows a cosine; ``milestones=[50]`` divides it as the paper says, ``[80]`` as the
+  released scripts do. Adam's betas are torch's; those of the released code are (0.5, 0.999) (``controller_betas``).
+- In the warm-up the untrained controller draws; the paper draws evenly (``warmup_draws="uniform"``).
+- The paper's listing has the controller phase first in an epoch, the released code the model phase, as here.
 - The released code perturbs the first layer and the classifier only, and keeps the reward attached to its graph.
 """
 
@@ -39,7 +44,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -58,19 +63,28 @@ from saqcli.searchers.knapsack import (
 )
 from saqcli.searchers.problem import SearchProblem, SearchResult, remaining_batches
 from saqcli.searchers.separable import relative_noise
-from saqcli.searchers.supernet import Scorer, Supernet, closeness, score_all
+from saqcli.searchers.supernet import Scorer, Supernet, closeness, rank, score_all
 from saqcli.tasks import classification
 from saqcli.training.memory import retry_on_oom
 from saqcli.training.minimizers import Chunk
 from saqcli.training.minimizers.base import gradients_of
 from saqcli.training.minimizers.cases import SAQ
 from saqcli.training.objective import Objective, micro_batches
-from saqcli.training.optimizer import CosineRates
-from saqcli.training.options import check_choice, check_count, check_flag, check_number
+from saqcli.training.optimizer import Rates
+from saqcli.training.options import (
+    check_ascending,
+    check_betas,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+)
 from saqcli.training.perturbation import PerturbedSet, RadiusUnit
 from saqcli.training.step import Recovery, Stepper
 
 T = TypeVar("T")
+CostUnit = Literal["budget", "M", "G"]
+_UNITS: dict[CostUnit, float] = {"M": 1e6, "G": 1e9}
 
 
 class SharpnessAwareCost:
@@ -82,6 +96,8 @@ class SharpnessAwareCost:
         rho: radius; 0 for the loss at the quantized weights themselves.
         rho_unit: unit of ``rho``.
         cost_weight: weight of the penalty.
+        cost_unit: unit of the costs in the penalty: the ``budget``, or 10**6 (``M``) or 10**9 (``G``) bit-operations.
+        center: the penalty's least value is at this share of the budget.
         reference: a choice whose loss on the same images is subtracted; None for no subtraction.
 
     Attributes:
@@ -96,9 +112,13 @@ class SharpnessAwareCost:
         rho: float,
         rho_unit: RadiusUnit,
         cost_weight: float,
+        cost_unit: CostUnit,
+        center: float,
         reference: Sequence[int] | None,
     ) -> None:
         self.supernet, self.perturbed, self.reference = supernet, perturbed, reference
+        self.cost_unit: CostUnit = cost_unit
+        self.center = center
         self.rho, self.cost_weight = rho, cost_weight
         self.rho_unit: RadiusUnit = rho_unit
         self.recovery = Recovery()
@@ -113,11 +133,13 @@ class SharpnessAwareCost:
         return self.losses(images, labels)[1] - reference_loss + self.penalty(choice)
 
     def penalty(self, choice: Sequence[int]) -> float:
-        """The squared relative distance of ``choice`` from the middle of the window, times the weight."""
+        """The squared distance of ``choice`` from the center, in the unit of costs, times the weight."""
         problem = self.supernet.problem
         cost = problem.space.cost(choice)
-        used = max(cost[index] / bound for index, bound in problem.budget.bounds())
-        return self.cost_weight * (used / USE_MIDDLE - 1) ** 2
+        used, bound = max((cost[index] / bound, bound) for index, bound in problem.budget.bounds())
+        if self.cost_unit == "budget":
+            return self.cost_weight * (used / self.center - 1) ** 2
+        return self.cost_weight * ((used - self.center) * bound / _UNITS[self.cost_unit]) ** 2
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """The loss at the selected bits, and at the perturbed point; both are equal if the radius is 0."""
@@ -173,6 +195,8 @@ class Settings:
         rho_unit: ``deviation`` (of each layer's weights) or ``absolute``.
         sharpness: whether the controller's cost is the loss at the perturbed point; False is the paper's ablation.
         cost_weight: weight of the penalty.
+        cost_unit: see ``SharpnessAwareCost``.
+        penalty_center: where the penalty is least: the middle of the ``window``, or the ``budget``.
         entropy_weight: see ``Reinforce``.
         baseline: see ``Reinforce``.
         reference: subtract the loss of a ``fixed`` configuration, or ``none``.
@@ -182,11 +206,15 @@ class Settings:
         within: draws are from the ``window`` between ``BUDGET_USE`` of the budget and the budget, or ``anything``.
         controller_lr: learning rate of the controller, see ``Reinforce``.
         controller_decay: weight decay of the controller, see ``Reinforce``.
+        controller_betas: betas of the controller's optimizer, see ``Reinforce``.
+        milestones: epochs at which the weights' learning rate is divided by 10; none for a cosine to 0.
+        warmup_draws: what draws in the epochs of the warm-up: the ``controller``, or ``uniform`` probabilities.
         replay: see ``Reinforce``.
         reward_images: images of a held-out batch per draw.
         draws: configurations to compare at the end.
-        select_by: least ``divergence`` from the float network on the scoring images, or least ``sharpness`` as in the
-            released code.
+        compare_reference: whether the configuration of least quantization noise is compared with the draws.
+        select_by: least ``divergence`` from the float network on the scoring images, highest ``accuracy`` as in the
+            paper, or least ``sharpness`` as in the released code.
         score_in: where draws are compared: in the ``calibrated`` network, which fine-tuning starts from, or in the
             trained ``supernet``; reported scores are calibrated in either case.
 
@@ -200,6 +228,8 @@ class Settings:
     rho_unit: RadiusUnit = "deviation"
     sharpness: bool = True
     cost_weight: float = 6.0
+    cost_unit: CostUnit = "budget"
+    penalty_center: Literal["window", "budget"] = "window"
     entropy_weight: float = 0.02
     baseline: Baseline = "ema"
     reference: Literal["fixed", "none"] = "fixed"
@@ -208,10 +238,14 @@ class Settings:
     within: Literal["window", "anything"] = "window"
     controller_lr: float = 1e-3
     controller_decay: float = 5e-5
+    controller_betas: Sequence[float] = (0.9, 0.999)
+    milestones: Sequence[int] = ()
+    warmup_draws: Literal["controller", "uniform"] = "controller"
     replay: int = 16
     reward_images: int = 32
     draws: int = 20
-    select_by: Literal["divergence", "sharpness"] = "divergence"
+    compare_reference: bool = True
+    select_by: Literal["divergence", "accuracy", "sharpness"] = "divergence"
     score_in: Literal["calibrated", "supernet"] = "calibrated"
 
     def __post_init__(self) -> None:
@@ -219,6 +253,9 @@ class Settings:
             check_count(option, getattr(self, option))
         check_count("warmup", self.warmup, 0)
         check_flag("sharpness", self.sharpness)
+        check_flag("compare_reference", self.compare_reference)
+        check_betas("controller_betas", self.controller_betas)
+        check_ascending("milestones", self.milestones)
         for option in (
             "rho", "cost_weight", "entropy_weight", "controller_lr", "controller_decay", "prior_entropy"
         ):  # fmt: skip
@@ -229,7 +266,10 @@ class Settings:
         check_choice("prior", self.prior, ("error", "budget", "none"))
         check_choice("within", self.within, ("window", "anything"))
         check_choice("score_in", self.score_in, ("calibrated", "supernet"))
-        check_choice("select_by", self.select_by, ("divergence", "sharpness"))
+        check_choice("select_by", self.select_by, ("divergence", "accuracy", "sharpness"))
+        check_choice("cost_unit", self.cost_unit, get_args(CostUnit))
+        check_choice("penalty_center", self.penalty_center, ("window", "budget"))
+        check_choice("warmup_draws", self.warmup_draws, ("controller", "uniform"))
         if self.select_by == "sharpness" and not (self.sharpness and self.rho):
             raise ConfigError(
                 "select_by sharpness needs a perturbation: give rho above 0, and sharpness true"
@@ -252,12 +292,13 @@ class AlternatingSearch:
             self.controller,
             lr=settings.controller_lr,
             weight_decay=settings.controller_decay,
+            betas=settings.controller_betas,
             entropy_weight=settings.entropy_weight,
             baseline=settings.baseline,
             replay=settings.replay,
         )
         self.optimizer = problem.optimizer(self.supernet.model)
-        self.rates = CosineRates(self.optimizer)
+        self.rates = Rates(self.optimizer)
         self.minimizer = SAQ(
             self.supernet.model, self.optimizer, rho=settings.rho, rho_unit=settings.rho_unit
         )
@@ -273,6 +314,8 @@ class AlternatingSearch:
             rho=settings.rho if settings.sharpness else 0.0,
             rho_unit=settings.rho_unit,
             cost_weight=settings.cost_weight,
+            cost_unit=settings.cost_unit,
+            center=USE_MIDDLE if settings.penalty_center == "window" else 1.0,
             reference=self.reference if settings.reference == "fixed" else None,
         )
         self.epoch, self.phase, self.step = 0, 0, 0
@@ -299,8 +342,12 @@ class AlternatingSearch:
         with self.problem.progress.task(title, len(batches)) as task:
             task.advance(self.step)
             for index, (images, labels) in remaining_batches(batches, epoch, self.step, memory):
-                self.rates.set((epoch * len(batches) + index) / steps)
-                self.supernet.select(self._draw())
+                if self.settings.milestones:
+                    self.rates.scale(0.1 ** sum(epoch >= drop for drop in self.settings.milestones))
+                else:
+                    self.rates.cosine((epoch * len(batches) + index) / steps)
+                evenly = self.settings.warmup_draws == "uniform" and epoch < self.settings.warmup
+                self.supernet.select(self._drawn_evenly() if evenly else self._draw())
                 self.stepper(images.to(self.problem.device), labels.to(self.problem.device))
                 task.advance(images=len(labels), loss=self.stepper.loss)
                 self.epoch, self.phase, self.step = epoch, 0, index + 1
@@ -362,11 +409,17 @@ class AlternatingSearch:
         choice: list[int] = self.controller.draw(1, self.generator).choices[0].tolist()
         return choice
 
+    def _drawn_evenly(self) -> list[int]:
+        """Draw a configuration with the same probability for every option."""
+        options = (len(decision.options) for decision in self.problem.space.decisions)
+        return [int(torch.randint(count, (), generator=self.generator)) for count in options]
+
     def finish(self) -> SearchResult:
         """Draw configurations that fit, score them together with the reference, take the best."""
         generator = torch.Generator().manual_seed(self.problem.seed + 1)
         choices = draw_within(self.controller, self.problem.budget, self.settings.draws, generator)
-        choices += [self.reference] if self.reference not in choices else []
+        if self.settings.compare_reference and self.reference not in choices:
+            choices.append(self.reference)
         scorer, state = self.scorer, self._state()
         score_all(self.problem, scorer, choices, state)
         if self.settings.score_in == "supernet":
@@ -377,6 +430,8 @@ class AlternatingSearch:
             score_all(self.problem, scorer, choices, state, "supernet")
         found = [scorer.scored[tuple(choice)] for choice in choices]
         best = min(found, key=closeness)
+        if self.settings.select_by == "accuracy":
+            best = max(found, key=rank)
         if self.settings.select_by == "sharpness":
             best = min(found, key=lambda scored: self.cost.sharpness(scored.choice))
 

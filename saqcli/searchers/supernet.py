@@ -221,9 +221,8 @@ class Scorer:
             meter.add(Meter(**counts))
             total += divergence
         score = meter.score()
-        return Scored(
-            choice, problem.space.cost(choice), score.top1, score.loss, total / max(score.images, 1)
-        )
+        top1, loss = (score.top1, score.loss) if problem.images.labelled else (math.nan, math.nan)
+        return Scored(choice, problem.space.cost(choice), top1, loss, total / max(score.images, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """All scores so far, as plain values."""

@@ -18,7 +18,8 @@ from saqcli.tasks import classification
 from saqcli.training.minimizers import MINIMIZERS, Minimizer
 from saqcli.training.objective import Objective
 from saqcli.training.options import accepted
-from saqcli.training.perturbation import PerturbedSet, default_rho
+from saqcli.training.perturbation import PerturbedSet
+from saqcli.training.radii import Radius, published_radius
 from saqcli.units import counted
 
 
@@ -107,22 +108,38 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingSection, s
     return schedule
 
 
-def make_minimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingSection, side: int, steps: int = 0
-) -> Minimizer:
-    """The method's minimizer, with the paper's radius where none is given, for images of ``side`` pixels.
+def chosen_radius(model: nn.Module, training: TrainingSection, side: int, network: str = "") -> Radius:
+    """The radius of the settings, or the published one for this network and images of ``side`` pixels."""
+    given = training.minimizer.get("rho", training.rho)
+    if given is None:
+        return published_radius(model, side, network)
+    return Radius(given, "training.minimizer.rho" if "rho" in training.minimizer else "training.rho")
 
-    ``steps`` is their number in the whole training, of which ``training.sharpness_from`` is a share.
+
+def make_minimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    training: TrainingSection,
+    radius: Radius,
+    steps: int = 0,
+) -> Minimizer:
+    """The method's minimizer, with the radius that ``chosen_radius`` found.
+
+    ``steps`` is their number in the whole training, of which ``training.sharpness_from`` is a share; the last one
+    ascends in any case.
     """
     make = MINIMIZERS.find(training.method)
     taken, needed = accepted(make)
-    rho = default_rho(model, side) if training.rho is None else training.rho
     settings = {
-        "rho": (rho, training.rho is not None, "training.rho"),
+        "rho": (
+            radius.rho if training.rho is None else training.rho,
+            training.rho is not None,
+            "training.rho",
+        ),
         "rho_unit": (training.rho_unit, training.rho_unit != "deviation", "training.rho_unit"),
         "perturb": (_perturbed(make, training), training.perturb != "all", "training.perturb"),
         "start": (
-            round(training.sharpness_from * steps),
+            min(round(training.sharpness_from * steps), max(0, steps - 1)),
             training.sharpness_from != 0,
             "training.sharpness_from",
         ),
@@ -136,6 +153,13 @@ def make_minimizer(
         if given and name not in taken and name not in make.ignored
     ]
     unknown += [f"`training.minimizer.{name}`" for name in training.minimizer if name not in taken]
+    doubled = [
+        f"`{setting}` and `training.minimizer.{name}={training.minimizer[name]}`"
+        for name, (value, given, setting) in settings.items()
+        if given and name in training.minimizer and _plain(training.minimizer[name]) != _plain(value)
+    ]
+    if doubled:
+        raise ConfigError(f"{', '.join(doubled)} differ: give one of the two")
     options |= training.minimizer
     missing = [f"`training.minimizer.{name}`" for name in needed if name not in options]
     if unknown:
@@ -148,31 +172,37 @@ def make_minimizer(
     return make(model, optimizer, **options)
 
 
-def check_perturbed(minimizer: Minimizer, training: TrainingSection) -> None:
-    """Refuse ``training.perturb`` if the network has nothing of it.
+def check_perturbed(model: nn.Module, training: TrainingSection) -> None:
+    """Refuse ``training.perturb`` if the wrapped ``model`` has nothing of it.
 
     Raises:
         ConfigError: names the setting.
     """
-    found = getattr(minimizer, "set", None)
-    if (
-        training.perturb != "all"
-        and isinstance(found, PerturbedSet)
-        and not (found.layers or found.parameters)
-    ):
+    make = MINIMIZERS.find(training.method)
+    kinds: Any = _perturbed(make, training)
+    if kinds is None or "perturb" not in accepted(make)[0]:
+        return
+    found = PerturbedSet(model, kinds, frozen=False)
+    if not (found.layers or found.parameters):
         raise ConfigError(
             f"`training.perturb={training.perturb}` was asked for and the network has no trained {training.perturb} "
             "(short steps fold norms into layers): use `training.perturb=all`, or another method"
         )
 
 
+def _plain(value: object) -> object:
+    """Tuples as lists, as TOML has them."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _perturbed(make: Any, training: TrainingSection) -> tuple[str, ...] | None:
     """The kinds that ``training.perturb`` means; None for those of the method."""
-    if training.perturb == "weights":
-        return tuple(
-            kind for kind in getattr(make, "perturbed_kinds", ("weights",)) if kind.endswith("weights")
-        )
-    return None if training.perturb == "all" else (training.perturb,)
+    if training.perturb == "all":
+        return None
+    if training.perturb == "norms":
+        return ("norms",)
+    ends = ("weights", "biases") if training.perturb == "layers" else ("weights",)
+    return tuple(kind for kind in getattr(make, "perturbed_kinds", ends) if kind.endswith(ends))
 
 
 def make_objective(
@@ -216,7 +246,8 @@ def check_training(config: RunConfig) -> None:
     wrap(model)
     problems.attempt(make_optimizer, model, training)
     plain = training.model_copy(update={"optimizer": "sgd"})
-    problems.attempt(make_minimizer, model, make_optimizer(model, plain), training, side=SMALL_IMAGES)
+    radius = chosen_radius(model, training, SMALL_IMAGES)
+    problems.attempt(make_minimizer, model, make_optimizer(model, plain), training, radius)
     if training.epochs:
         problems.attempt(make_schedule, make_optimizer(model, plain), training, steps=1)
     problems.attempt(_check_reuse, training)
@@ -254,8 +285,8 @@ def _check_mixing(training: TrainingSection, batch_size: int) -> None:
         )
 
 
-class CosineRates:
-    """The learning rates of some optimizers, from their current values to 0.
+class Rates:
+    """The learning rates of some optimizers, as multiples of their current values.
 
     Args:
         optimizers: whose groups are scheduled; they may load a state later.
@@ -265,8 +296,12 @@ class CosineRates:
         self._optimizers = optimizers
         self._first = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
-    def set(self, done: float) -> None:
-        """Set the rates for the share ``done`` of all steps."""
+    def cosine(self, done: float) -> None:
+        """Set the rates of a cosine to 0 for the share ``done`` of all steps."""
+        self.scale((1 + math.cos(math.pi * done)) / 2)
+
+    def scale(self, factor: float) -> None:
+        """Set all rates to ``factor`` times the first ones."""
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, self._first, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = rate * factor

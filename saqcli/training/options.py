@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import cast
 
@@ -42,6 +43,26 @@ def check_flag(option: str, value: object) -> None:
     """Refuse what is neither true nor false; any word would count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{option} {value!r} is neither: give true or false")
+
+
+def check_betas(option: str, value: object) -> None:
+    """Refuse what is not two numbers from 0 to below 1, the decays of an optimizer like Adam."""
+    if not (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
+    ):
+        raise ConfigError(f"{option} {value!r} is not possible: give two numbers from 0 to below 1")
+
+
+def check_ascending(option: str, value: object) -> None:
+    """Refuse what is not a list of whole numbers from 1 on, each above the one before."""
+    if not (
+        isinstance(value, Sequence)
+        and all(type(number) is int and number >= 1 for number in value)
+        and list(value) == sorted(set(value))
+    ):
+        raise ConfigError(f"{option} {value!r} is not possible: give ascending whole numbers from 1 on")
 
 
 def accepted(plugin: type, given: int = 2) -> tuple[list[str], list[str]]:

@@ -8,9 +8,9 @@ biases, norm parameters and activation clipping levels, under one joint norm:
     T_p = s_p                         SAQ, SAM, Case 1
     T_p = |p| + eta * s_p             adaptive (ASAQ): quantized weights, clipping levels, norm scales
 
-``s_p`` is the standard deviation of the layer's float weight, 1 for everything else. With the
-paper's weight normalization every deviation is 1 and this is its Eq. 11; without it, the same rho means the
-same relative change in any network. ``unit="absolute"`` sets every s_p to 1.
+``s_p`` is the standard deviation of the layer's float weight, 1 for everything else. With the paper's weight
+normalization every deviation is 1 and this is its Eq. 11; without it, or if the weight is multiplied by its deviation
+again, the same rho means the same relative change in any network. ``unit="absolute"`` sets every s_p to 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import UnperturbedLayer
-from saqcli.models.preprocessing import SMALL_IMAGES
 from saqcli.quant.junctions.quantized import QuantizedJunction
 from saqcli.quant.layer import (
     QuantizedLayer,
@@ -47,9 +46,6 @@ PERTURBED: tuple[Kind, ...] = (
     "norms",
     "activation_clips",
 )  # as in the released SAQ code
-# Liu et al. (arXiv:2111.12273), section 5: radius by bit-width, for images of 32 and of 224 pixels.
-SMALL_IMAGE_RHO = {2: 0.4, 3: 0.7, 4: 0.9}
-LARGE_IMAGE_RHO = {2: 0.15, 3: 0.15, 4: 0.3}
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -156,7 +152,15 @@ class PerturbedSet:
             else gradient  # the first layer with that weight has the gradient of all uses
             for layer, gradient in zip(self.layers, gradients, strict=False)
         ]
+        if through_rounding:
+            once = self.at_quantized(once)
         return value.detach(), [*once, *gradients[len(once) :]]
+
+    @torch.no_grad()
+    def at_quantized(self, gradients: Sequence[Tensor | None]) -> Gradients:
+        """Gradients to the layers' float weights, in the unit of the quantized ones: times a dropped deviation."""
+        dropped = [layer.dropped_deviation() for layer in self.layers]
+        return [g if g is None or d is None else g * d for g, d in zip(gradients, dropped, strict=True)]
 
     def ascent(
         self,
@@ -201,7 +205,13 @@ class PerturbedSet:
     def _scales(self, unit: RadiusUnit, adaptive: Adaptive | None) -> list[Tensor | None]:
         """T_p for every member of the set; None stands for 1."""
         weights = [
-            _scale(layer.effective_weight, layer.quantized_weight, unit, adaptive) for layer in self.layers
+            _scale(
+                layer.effective_weight,
+                layer.quantized_weight,
+                "absolute" if layer.dropped_deviation() is not None else unit,  # the deviation of Q(w) is 1
+                adaptive,
+            )
+            for layer in self.layers
         ]
         return weights + [
             _scale(member.weight, member.parameter.detach, unit, adaptive if member.scales else None)
@@ -333,11 +343,3 @@ def _levels(quantizer: nn.Module) -> Iterator[_Member]:
     """What a quantizer learns: levels and steps multiply; an offset shifts."""
     for name, parameter in quantizer.named_parameters():
         yield _Member(parameter, name.rpartition(".")[2] != "offset")
-
-
-def default_rho(model: nn.Module, side: int) -> float:
-    """The paper's radius for the mean bit-width of the free layers' weights and images of ``side`` pixels."""
-    widths = [layer.bits.weight or 8 for layer in quantized_layers(model).values()]
-    free = [bits for bits in widths if bits < 8] or [8]
-    nearest = min(4, max(2, round(sum(free) / len(free))))
-    return (SMALL_IMAGE_RHO if side <= SMALL_IMAGES else LARGE_IMAGE_RHO)[nearest]

@@ -28,6 +28,7 @@ from saqcli.training.loop import evaluate, train_epoch
 from saqcli.training.minimizers.base import check_epoch
 from saqcli.training.optimizer import (
     check_perturbed,
+    chosen_radius,
     make_minimizer,
     make_objective,
     make_optimizer,
@@ -113,6 +114,7 @@ class Trainer:
         training: the settings.
         num_classes: logits of the model.
         image_size: larger side of the images, in pixels; decides on the default radius of the ascent.
+        network: canonical name, which decides on that radius too if it has a published one.
         validation: batches to evaluate on after every epoch; None for no evaluation.
         initial: score of the model before training, the first candidate for the best state.
         teacher: float model in eval mode, for distillation.
@@ -126,6 +128,7 @@ class Trainer:
         epoch: epochs done.
         step: steps done in the epoch after these.
         best: best state by validation; None without validation, and after a checkpoint that does not hold one.
+        radius: of the ascent, and its source; None for a method without one.
         last: validation score after the last epoch; None before the first.
 
     Raises:
@@ -152,6 +155,7 @@ class Trainer:
         *,
         num_classes: int,
         image_size: int,
+        network: str = "",
         validation: SizedBatches | None = None,
         initial: Score | None = None,
         teacher: nn.Module | None = None,
@@ -167,8 +171,10 @@ class Trainer:
         self.optimizer = make_optimizer(model, training)
         self.schedule = make_schedule(self.optimizer, training, len(batches))
         steps = len(batches) * training.epochs
-        self.minimizer = make_minimizer(model, self.optimizer, training, image_size, steps)
-        check_perturbed(self.minimizer, training)
+        radius = chosen_radius(model, training, image_size, network)
+        self.minimizer = make_minimizer(model, self.optimizer, training, radius, steps)
+        self.radius = radius if hasattr(self.minimizer, "rho") else None
+        check_perturbed(model, training)
         self.dampening = Dampening(model, self.optimizer, training.dampening) if training.dampening else None
         self.average = Average(model, training.ema_decay) if training.ema_decay else None
         self.recovery = Recovery(training.micro_batch, patience=training.skip_steps)
@@ -196,6 +202,8 @@ class Trainer:
         """
         if self._stepper.execution is not None:
             self._stepper.compute(self._stepper.execution)
+        if self.radius is not None and not self.radius.source.startswith("training."):
+            self.progress.note(f"radius {self.radius.rho:g}: {self.radius.source}")
         try:
             self._epochs()
         finally:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import saqcli
 from saqcli.cli import app
 from saqcli.config import TrainingSection, recipes, resolve
-from saqcli.pipelines.bits import scheme_of
+from saqcli.errors import ConfigError
+from saqcli.pipelines.bits import make_searcher, scheme_of
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.training.optimizer import check_training, make_optimizer, make_schedule
 from tests.support import tiny
@@ -52,12 +53,20 @@ def test_published_recipes_match_the_papers(name: str) -> None:
     config = resolve(recipe=name, options={"model.name": MODEL})
     cifar = name == "paper-cifar"
     assert config.quantization.model_dump(
-        include={"quantizer", "weight_grid", "granularity", "weight_normalization", "clip_init"}
+        include={
+            "quantizer",
+            "weight_grid",
+            "granularity",
+            "weight_normalization",
+            "restore_deviation",
+            "clip_init",
+        }
     ) == {
         "quantizer": "clip",
         "weight_grid": "paper",
         "granularity": "tensor",
         "weight_normalization": True,
+        "restore_deviation": False,
         "clip_init": "paper",
     }
     model = torch.nn.Linear(2, 2)
@@ -80,6 +89,64 @@ def test_published_recipes_match_the_papers(name: str) -> None:
         assert rates[-1] == pytest.approx(0.0)
         assert (config.data.batch_size, config.training.epochs) == (512, 90)
     assert config.training.sharpness_batch == 128
+
+
+def test_published_searches_match_the_papers() -> None:
+    named = {"model.name": MODEL, "quantization.bops": "w4a4"}
+    samq, asga = (resolve(recipe=f"paper-{name}", options=named) for name in ("samq", "asga"))
+    cifar = resolve(recipe="paper-cifar", options=named)
+    assert samq.training == cifar.training
+    assert (samq.quantization.searcher, samq.quantization.candidates) == ("samq", (2, 3, 4, 5))
+    found: Any = make_searcher(samq)
+    assert (found.epochs, found.warmup, tuple(found.milestones)) == (100, 10, (50,))
+    assert (found.cost_unit, found.cost_weight, found.penalty_center) == ("M", 1e-4, "budget")
+    assert (found.controller_lr, found.controller_decay, found.entropy_weight) == (5e-4, 5e-5, 5e-3)
+    assert (found.draws, found.select_by, found.score_in) == (20, "accuracy", "supernet")
+    assert not found.compare_reference
+    found = make_searcher(asga)
+    assert (found.epochs, asga.search.lr, found.rho_max) == (90, 0.01, 0.1)
+    training = asga.training
+    assert (training.lr, training.schedule, training.warmup_epochs) == (0.04, "cosine", 5)
+    assert resolve(recipe="later-saq", options=named).training.perturb == "layers"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search.options": {"samq": {"warmup": -1}}}, "search.options.samq.warmup -1 is not possible"),
+        (
+            {"search.options": {"samq": {"milestones": [5, 2]}}},
+            r"search.options.samq.milestones \[5, 2\] is not",
+        ),
+        ({"search.options": {"samq": {"controller_betas": [1]}}}, "search.options.samq.controller_betas"),
+        ({"search.epochs": 0.5}, "`search.epochs` 0.5 is not possible"),
+    ],
+)
+def test_options_of_a_searcher_are_named(given: dict[str, Any], message: str) -> None:
+    named = {"model.name": MODEL, "quantization.bops": "w4a4", "quantization.searcher": "samq"}
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        make_searcher(resolve(options=named | given))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("paper-samq", ("--epochs", 2, "--set", "search.options.samq.warmup=1")),
+        ("paper-asga", ("--epochs", 1, "--set", "search.options.asga.step_images=32")),
+    ],
+)
+def test_published_search_finds_bits(
+    name: str, options: tuple[object, ...], digits: Path, tmp_path: Path
+) -> None:
+    """One controller phase of ``paper-samq`` follows an epoch of even draws at ten times the learning rate."""
+    more = ("--set", "search.options.samq.milestones=[1]") if name == "paper-samq" else ()
+    answer = saq(
+        *("search", MODEL, *float_options(digits), "--recipe", name, "--budget", "w4a4", *options, *more),
+        *("--search-images", 400, "--set", "data.batch_size=32", "--set", "data.augmentation=none"),
+        *("--run-dir", tmp_path / "run"),
+    )
+    assert answer["searcher"] == name.removeprefix("paper-")
+    assert 0.985 * answer["budget_bops"] <= answer["bops"] <= answer["budget_bops"]
 
 
 @pytest.mark.parametrize("name", [PAPER[0], pytest.param(PAPER[1], marks=pytest.mark.slow)])
@@ -170,6 +237,8 @@ def test_granularity_and_normalization_are_options(digits: Path, tmp_path: Path)
         (("--quantizer", "magic"), "there is no quantizer 'magic'"),
         (("--quantizer", "lsq", "--weight-norm"), "quantizer lsq has no weight normalization"),
         (("--quantizer", "pact", "--set", "quantization.clip_init=paper"), "not defined for quantizer pact"),
+        (("--recipe", "paper-cifar", "--compensate"), "restore_deviation=False changes their scale"),
+        (("--recipe", "paper-cifar", "--short-steps", 5), "not supported with --short-steps"),
     ],
 )
 def test_incompatible_options_fail_early(options: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -33,10 +33,11 @@ SCHEMES = {name: scheme_with(name) for name in QUANTIZERS} | {
         weight_grid="paper", granularity="tensor", weight_normalization=True, clip_init="paper"
     ),
     "normalized": Scheme(weight_normalization=True),
+    "deviation_dropped": Scheme(weight_normalization=True, restore_deviation=False),
 }
 RUNS = [
     *((scheme, name) for scheme in SCHEMES for name in ("conv_bn", "token_mlp")),
-    *((scheme, "standardized") for scheme in ("lsq_plus", "dorefa", "normalized")),
+    *((scheme, "standardized") for scheme in ("lsq_plus", "dorefa", "normalized", "deviation_dropped")),
 ]
 # An export takes seconds: every quantizer once, more where operators differ. ``clip`` is in test_exporters, tables
 # are in test_levels.
@@ -50,6 +51,8 @@ GRAPHS = [
     ("dorefa", "conv_bn"),
     ("published", "conv_bn"),
     ("normalized", "standardized"),
+    ("deviation_dropped", "conv_bn"),
+    ("deviation_dropped", "standardized"),
 ]
 SLOW_GRAPHS = [("lsq_plus", "token_mlp"), ("lsq_plus", "standardized"), ("published", "conv_bn")]
 

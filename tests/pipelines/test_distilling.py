@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saqcli.config import RunConfig, resolve
+from saqcli.config import RunConfig, recipes, resolve
 from saqcli.pipelines.quantize import load_teacher
 from saqcli.pipelines.setup import load_float
 from saqcli.progress import SILENT
@@ -39,7 +39,7 @@ def test_new_classifier_does_not_teach(weights: Path) -> None:
     assert load_teacher(config, torch.device("cpu"), SILENT) is None
 
 
-@pytest.mark.parametrize("recipe", ["paper-cifar", "paper-imagenet"])
+@pytest.mark.parametrize("recipe", [name for name in recipes() if name.startswith(("paper-", "later-"))])
 def test_published_recipes_learn_from_labels_alone(recipe: str) -> None:
     assert resolve(recipe=recipe, options={"model.name": "saq/resnet20"}).training.distill is False
 

@@ -213,7 +213,7 @@ def test_images_are_held_out_if_there_are_enough(tmp_path: Path) -> None:
         (("--bits", 4, "--epochs", 2), "--epochs 2 needs labels, and --calibration has none: use --epochs 0"),
         (("--bits", 4, "--recipe", "cifar"), "--epochs 60 needs labels"),
         (("--bops", "w4a4", "--searcher", "hawq"), "--searcher hawq searches on labelled images"),
-        (("--bops", "w4a4", "--searcher", "hawq"), "error or uniform"),
+        (("--bops", "w4a4", "--searcher", "hawq"), "fisher, swaps, error or uniform"),
         (("--bits", 4, "--data", "LABELLED", "--epochs", 1), "has no train/ folder|no train/"),
         (("--bits", 4, "--iterations", 9), "--iterations 9 has no effect without --reconstruct"),
     ],
@@ -227,6 +227,29 @@ def test_what_needs_labels_is_refused(
     assert result.exit_code == 1
     assert any(part in last_error(result) for part in message.split("|"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("searcher", ["fisher", "swaps"])
+def test_search_compares_with_float_without_labels(searcher: str, photos: Path, tmp_path: Path) -> None:
+    options = (
+        *NET,
+        "--bops",
+        "w4a4",
+        "--candidates",
+        "2,4,6",
+        "--searcher",
+        searcher,
+        "--calibration",
+        photos,
+    )
+    found = answer("search", *options, "--run-dir", tmp_path / "search")
+    run = answer("quantize", *options, "--no-export", "--run-dir", tmp_path / "run")
+
+    assert len({bits["weight"] for bits in found["policy"].values()}) > 1
+    assert found["scoring_top1"] is found["scoring_loss"] is None
+    assert (found["scoring_divergence"] is not None) == (searcher == "swaps")
+    assert run["bops"] <= run["budget_bops"]
+    assert "NaN" not in (tmp_path / "search" / "search.json").read_text()
 
 
 @pytest.mark.parametrize("path", ["nowhere", "empty"])

@@ -247,6 +247,7 @@ def test_tanh_weights_match_the_formula(case: Case, x: Tensor, level: float, wid
     compare(quantizer, x, twin)
 
 
+@pytest.mark.parametrize("restored", [True, False])
 @pytest.mark.parametrize("channels", [False, True])
 @given(
     x=tensors(ROWS, torch.float64).filter(lambda x: float(x.std()) > 1e-3),
@@ -255,12 +256,13 @@ def test_tanh_weights_match_the_formula(case: Case, x: Tensor, level: float, wid
     kind=st.sampled_from(["paper", "zero"]),
 )
 def test_weight_normalization_matches_its_formula(
-    channels: bool, x: Tensor, level: float, width: int, kind: Any
+    channels: bool, restored: bool, x: Tensor, level: float, width: int, kind: Any
 ) -> None:
-    """The paper: w^ = (w - mean) / std, u = clip(w^ / a), both statistics constant; ours is std * Q(w^)."""
+    """The paper: w^ = (w - mean) / std, u = clip(w^ / a), both statistics constant; ours is std * Q(w^) or Q(w^)."""
     quantizer = NormalizedClipWeight(
         {width: grids.weights(width, kind)}, (ROWS, 1) if channels else ()
     ).double()
+    quantizer.restores_deviation = restored
     set_levels(quantizer, level * (torch.tensor([[1.0], [2.0], [3.0]]) if channels else torch.tensor(1.0)))
     numbers = x.flatten().tolist()
     mean = math.fsum(numbers) / len(numbers)
@@ -277,14 +279,17 @@ def test_weight_normalization_matches_its_formula(
         ends = (grid.lowest if v < grid.lowest else grid.highest) / grid.highest
         slope = (code - v) / grid.highest if inside else ends
         edge = near_half((v - grid.lowest) / grid.stride) or near(v, grid.lowest) or near(v, grid.highest)
-        return std * a * code / grid.highest, float(inside), {"clipping_level": std * slope}, edge
+        scale = std if restored else 1.0
+        value, passed = scale * a * code / grid.highest, float(inside) * scale / std
+        return value, passed, {"clipping_level": scale * slope}, edge
 
     compare(quantizer, x, twin)
 
 
-@given(x=tensors(ROWS), level=levels(), width=bits())
-def test_folded_normalized_weight_equals_clip(x: Tensor, level: float, width: int) -> None:
+@given(x=tensors(ROWS), level=levels(), width=bits(), restored=st.booleans())
+def test_folded_normalized_weight_equals_clip(x: Tensor, level: float, width: int, restored: bool) -> None:
     quantizer = NormalizedClipWeight({width: grids.weights(width, "paper") for width in BITS}, (ROWS, 1))
+    quantizer.restores_deviation = restored
     set_levels(quantizer, level * torch.tensor([[1.0], [2.0], [3.0]]))
     quantizer.select(width)
     with torch.no_grad():

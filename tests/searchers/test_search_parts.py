@@ -23,7 +23,7 @@ from saqcli.progress import SILENT
 from saqcli.quant import calibration, convert
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections, correct
-from saqcli.quant.cost import BUDGET_USE, Budget, CostModel, LayerCost
+from saqcli.quant.cost import BUDGET_USE, USE_MIDDLE, Budget, CostModel, LayerCost
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.search_space import Candidates, SearchSpace, search_space
 from saqcli.searchers import SEARCHERS, SearchProblem, SearchResult
@@ -627,7 +627,14 @@ def sharp_cost_of(name: str, rho: float, budget: Budget | None = None, **options
     perturbed = PerturbedSet(supernet.model)
     reference = [len(decision.options) - 1 for decision in supernet.problem.space.decisions]
     return SharpnessAwareCost(
-        supernet, perturbed, rho=rho, rho_unit="deviation", cost_weight=6.0, reference=reference
+        supernet,
+        perturbed,
+        rho=rho,
+        rho_unit="deviation",
+        cost_weight=6.0,
+        cost_unit="budget",
+        center=USE_MIDDLE,
+        reference=reference,
     )
 
 
@@ -751,6 +758,18 @@ def test_penalty_is_the_squared_relative_miss() -> None:
             share = max(paid[index] / bound for index, bound in budget.bounds())
             expected = 6.0 * (share / middle - 1) ** 2
             assert cost.penalty(choice[: len(space.decisions)]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_penalty_has_the_unit_and_center_of_the_paper() -> None:
+    """beta (c - C)**2 with costs in 10**6 bit-operations and C the budget: no penalty at the budget itself."""
+    space = tiny_problem("residual").space
+    bops = space.cost([1] * len(space.decisions)).bops
+    cost = sharp_cost_of("residual", 0.0, Budget(bops))
+    cost.cost_unit, cost.center, cost.cost_weight = "M", 1.0, 1e-4
+    for option in (0, 1, 2):
+        choice = [option] * len(space.decisions)
+        expected = 1e-4 * ((space.cost(choice).bops - bops) / 1e6) ** 2
+        assert cost.penalty(choice) == pytest.approx(expected, rel=1e-9)
 
 
 # Losses measured one decision at a time

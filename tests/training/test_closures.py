@@ -333,6 +333,25 @@ def test_overflow_in_first_pass_skips_the_step() -> None:
     assert_bitwise_equal(snapshot(model.get_submodule("0")), before)
 
 
+@pytest.mark.parametrize("method", ["saq", "msam"])
+def test_infinite_loss_of_an_ascent_skips_the_step(method: str) -> None:
+    model = trainable("conv_bn")
+    minimizer = make(method, model, sgd(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    minimizer.step(closure_of(model, batch()), scaler=scaler)  # from then on both ascend
+    before, calls = snapshot(model.get_submodule("0")), []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        last = minimizer.one_pass or len(calls) == 2
+        return closure_of(model, batch())() * (torch.inf if last else 1)
+
+    minimizer.step(closure, scaler=scaler)
+
+    assert scaler.get_scale() == 2.0
+    assert_bitwise_equal(snapshot(model.get_submodule("0")), before)
+
+
 def test_infinite_loss_is_not_a_matter_of_scale() -> None:
     model = trainable("conv_bn")
     with pytest.raises(

@@ -1,6 +1,7 @@
 """From settings to optimizer and minimizer."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from saqcli.errors import ConfigError
 from saqcli.quant.convert import wrap
 from saqcli.training.minimizers import MINIMIZERS, MSAM, Minimizer
 from saqcli.training.minimizers.sharpness_aware import SharpnessAware
-from saqcli.training.optimizer import check_training, make_minimizer, make_optimizer
+from saqcli.training.optimizer import check_training, chosen_radius, make_minimizer, make_optimizer
 from saqcli.training.trainer import Trainer
 from tests.support.networks import NETWORKS, images, quantize
 
@@ -20,6 +21,11 @@ class Plain(Minimizer):
     """Takes no settings."""
 
     description = "plain"
+
+
+def minimizer_of(model: nn.Module, training: TrainingSection) -> Minimizer:
+    optimizer = make_optimizer(model, TrainingSection())
+    return make_minimizer(model, optimizer, training, chosen_radius(model, training, side=32))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lion", "lookahead_sgd", "lookahead_adamw"])
@@ -38,7 +44,7 @@ def test_radius_is_the_configured_one(options: dict[str, float]) -> None:
     training = TrainingSection(ascent_fraction=0.25, **options)  # type: ignore[arg-type]
     model = nn.Sequential(nn.Linear(1, 1))
     wrap(model)
-    minimizer = make_minimizer(model, make_optimizer(model, training), training, side=32)
+    minimizer = minimizer_of(model, training)
 
     assert isinstance(minimizer, SharpnessAware)
     assert minimizer.rho == 0.6
@@ -50,6 +56,7 @@ def test_radius_is_the_configured_one(options: dict[str, float]) -> None:
         ("saq", "all", {"weight", "bias", "norm", "level"}),
         ("saq", "weights", {"weight"}),
         ("saq", "norms", {"norm"}),
+        ("saq", "layers", {"weight", "bias"}),
         ("sam", "weights", {"latent"}),
         ("msam", "norms", {"norm"}),
     ],
@@ -57,7 +64,7 @@ def test_radius_is_the_configured_one(options: dict[str, float]) -> None:
 def test_perturbed_set_is_the_configured_one(method: str, perturb: str, moved: set[str]) -> None:
     training = TrainingSection(method=method, perturb=perturb)  # type: ignore[arg-type]
     model = quantize(NETWORKS["conv_bn"]).model
-    found = make_minimizer(model, make_optimizer(model, training), training, side=32)
+    found = minimizer_of(model, training)
 
     assert isinstance(found, SharpnessAware)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -83,20 +90,44 @@ def test_sharpness_starts_at_its_share_of_the_steps() -> None:
     assert trainer.minimizer.start == 16
 
 
+def test_last_step_ascends_in_any_case() -> None:
+    training = TrainingSection(epochs=2, sharpness_from=0.999)
+    model = nn.Sequential(nn.Linear(1, 1))
+    wrap(model)
+    batches = [(torch.randn(2, 1), torch.zeros(2).long())] * 4
+    trainer = Trainer(model, batches, training, num_classes=1, image_size=2)
+
+    assert isinstance(trainer.minimizer, SharpnessAware)
+    assert trainer.minimizer.start == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "other", "same"),
+    [
+        ({"perturb": "norms"}, "perturb", ["weights"], ["norms"]),
+        ({"rho": 0.2}, "rho", 0.3, 0.2),
+        ({"sam_interval": 3}, "interval", 2, 3),
+    ],
+)
+def test_contradicting_options_are_refused(settings: Any, name: str, other: Any, same: Any) -> None:
+    model = quantize(NETWORKS["conv_bn"]).model
+    with pytest.raises(ConfigError, match=rf"`training\.\w+` and `training\.minimizer\.{name}=.*differ"):
+        minimizer_of(model, TrainingSection(**settings, minimizer={name: other}))
+    minimizer_of(model, TrainingSection(**settings, minimizer={name: same}))
+
+
 @pytest.mark.parametrize("settings", [{"perturb": "norms"}, {"sharpness_from": 0.5}])
 def test_settings_of_ascents_are_not_ignored(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:
     """QAT takes them without effect, as the baseline; a method that does not know them refuses."""
     model = nn.Linear(1, 1)
-    make_minimizer(
-        model, make_optimizer(model, TrainingSection()), TrainingSection(method="qat", **settings), side=32
-    )  # type: ignore[arg-type]
+    minimizer_of(model, TrainingSection(method="qat", **settings))  # type: ignore[arg-type]
 
     monkeypatch.setattr(MINIMIZERS, "find", lambda name: Plain)
     training = TrainingSection(**settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=next(iter(settings))):
-        make_minimizer(model, make_optimizer(model, training), training, side=32)
+        minimizer_of(model, training)
 
 
 @pytest.mark.parametrize("method", ["saq", "msam"])

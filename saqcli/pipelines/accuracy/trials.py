@@ -106,6 +106,7 @@ class Trials:
             self.config.training.model_copy(update={"keep": "last"}),
             num_classes=self.bound.search_network.loaded.num_classes,
             image_size=max(self.images.preprocessing.input_size[1:]),
+            network=self.bound.problem.space.model,
             teacher=in_float if distills(self.config, self.bound.search_network.loaded) else None,
             run=memory,
             title=f"trial {number}, epoch",

@@ -102,6 +102,10 @@ class Quantizer(nn.Module, ABC):
     def fit(self, x: Tensor) -> None:
         """Fit the parameters of all candidates to ``x``."""
 
+    def dropped_deviation(self, x: Tensor) -> Tensor | None:
+        """The deviation of ``x`` that the quantized tensor is not multiplied with, a scalar; None if there is none."""
+        return None
+
     @torch.no_grad()
     def settle(self, x: Tensor, least: Tensor | None = None) -> None:
         """Move the active steps, fitted to ``x``, to the best one of the short steps around them.

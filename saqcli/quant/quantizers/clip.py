@@ -10,13 +10,19 @@ and held constant in the gradient:
     Q(w)   = fake_quantize(w - mean(w), a * std(w))
     dL/dw  = G * inside          dL/da = std(w) * dL/dlevel
 
+or, without ``restores_deviation``, as published:
+
+    Q(w)   = fake_quantize((w - mean(w)) / std(w), a)
+    dL/dw  = G * inside / std(w)
+
 Source: Liu et al., arXiv:2111.12273, section 3, and the released code, whose normalization is that of APoT
 (arXiv:1909.13144). Differs from the paper:
 
 - By default levels start at the least squared error and weights are not normalized, so that wrapping a
   pretrained network keeps its function as well as the bits allow. ``fit_as_published`` starts as in the paper.
 - The normalized weight is multiplied by its deviation again (decision 0011): before a batch norm this makes no
-  difference, and running statistics and networks without batch norm keep working.
+  difference, and running statistics and networks without batch norm keep working. Where outputs are added before the
+  next batch norm, as in pre-activation residual networks, it does: ``restores_deviation=False`` is the paper's form.
 """
 
 from typing import ClassVar
@@ -76,20 +82,29 @@ class NormalizedClipWeight(ClipWeight):
 
     Attributes:
         plain: class of the folded form.
+        restores_deviation: whether the quantized weight is multiplied by the deviation of the float weight again; a
+            plain attribute, in no state dict.
     """
 
     plain: ClassVar[type[ClipWeight]] = ClipWeight
+    restores_deviation: bool = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` minus its mean, on the grid of level ``a * std(x)``."""
+        """``x`` minus its mean, on the grid of level ``a * std(x)``; both divided by ``std(x)`` if that is dropped."""
         x = full_precision(x)
         mean, deviation = _mean_and_deviation(x)
-        level = self.shortened(self.clipping_level[self._active] * deviation)
-        return fake_quantize(x - mean, level, self.grid(), self.kernel)
+        level = self.clipping_level[self._active]
+        if not self.restores_deviation:
+            return fake_quantize((x - mean) / deviation, self.shortened(level), self.grid(), self.kernel)
+        return fake_quantize(x - mean, self.shortened(level * deviation), self.grid(), self.kernel)
+
+    def dropped_deviation(self, x: Tensor) -> Tensor | None:
+        """The deviation of ``x``, unless it is restored."""
+        return None if self.restores_deviation else _mean_and_deviation(x)[1]
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of ``x`` minus its mean."""
+        """The codes of ``x`` minus its mean, in the unit of the levels."""
         plain, centred = self.fold(x.detach().float())
         return plain.codes(centred)
 
@@ -105,13 +120,15 @@ class NormalizedClipWeight(ClipWeight):
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
-        """``plain`` with levels ``a * std``, and ``weight`` minus its mean."""
+        """``plain`` with levels ``a * std``, and ``weight`` minus its mean; without ``std`` if that is dropped."""
         mean, deviation = _mean_and_deviation(weight)
         plain = self.plain(self.grids, self.shape).to(self.clipping_level)
-        plain.clipping_level.copy_(self.clipping_level * deviation)
+        plain.clipping_level.copy_(
+            self.clipping_level * deviation if self.restores_deviation else self.clipping_level
+        )
         plain.select(self.bits)
         plain.step_bits = self.step_bits
-        return plain, weight - mean
+        return plain, weight - mean if self.restores_deviation else (weight - mean) / deviation
 
 
 @torch.no_grad()

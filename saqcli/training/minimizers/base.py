@@ -402,7 +402,10 @@ class Minimizer:
         """
         passes = average(self.model, self.trained, passes)
         if scaler is not None and scaler.is_enabled():
-            check_step(passes.loss, advice=advice)
+            if not (
+                self.one_pass and passes.ascended
+            ):  # whose loss is that at the perturbed point, one of the norms
+                check_step(passes.loss, advice=advice)
             if not _unscale(self.base, self.trained, passes, scaler):
                 scaler.step(self.base)  # does nothing
                 scaler.update()

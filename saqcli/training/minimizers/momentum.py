@@ -73,6 +73,8 @@ class MSAM(SharpnessAware):
         along = [None if twice else known.get(id(p)) for p, twice in zip(moved, tied, strict=True)]
         if all(direction is None for direction in along):  # the base optimizer updates nothing of it
             return None
+        count = len(self.set.layers)
+        along = [*self.set.at_quantized(along[:count]), *along[count:]]
         perturbation = self.set.ascent(along, self.rho, self.rho_unit)
         return Ascent(None, self._at(perturbation), [perturbation.norm])
 

@@ -39,8 +39,8 @@ from saqcli.training.perturbation import (
     Perturbation,
     PerturbedSet,
     RadiusUnit,
-    default_rho,
 )
+from saqcli.training.radii import published_radius
 
 ROUNDING = 1e-5  # relative to g_s; a smaller g_v is rounding error between equal gradients
 
@@ -167,7 +167,7 @@ class SharpnessAware(Minimizer):
             raise ConfigError(
                 "the paper's radius is in deviations of the weights: give `rho` with an absolute unit"
             )
-        self.rho = default_rho(model, SMALL_IMAGES + 1) if rho is None else rho
+        self.rho = published_radius(model, SMALL_IMAGES + 1).rho if rho is None else rho
         self.rho_unit: RadiusUnit = rho_unit
         check_choice("bn_second_pass", bn_second_pass, ("freeze", "update"))
         for kind in [perturb] if isinstance(perturb, str) else perturb or ():

@@ -31,7 +31,7 @@ STYLE = Path(__file__).parent / "site.css"
 FENCE = re.compile(r"^( *)(```+)(\w*)([^\n]*)\n(.*?)^\1\2[ ]*$", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"\$`([^`\n]+)`\$")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
-ALT, MARK = "text/plain", "\0{}\0"
+MARK = "\0{}\0"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

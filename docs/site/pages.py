@@ -62,7 +62,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return MARK.format(len(kept) - 1)
 
     text = FENCE.sub(lambda match: keep(_fence(match)), markdown)
-    text = FORMULA.sub(lambda match: keep(convert(match[1])), text)
+    text = FORMULA.sub(lambda match: keep(f"<span>{convert(match[1])}</span>"), text)  # math alone would be a block
     source = page.file.src_uri
     text = LINK.sub(lambda match: _link(match, source, files), text)
     return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], text)

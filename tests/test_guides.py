@@ -1,8 +1,8 @@
 """The guides run as they stand: their programs, and their commands in the order of the pages.
 
-On the digits, what ``saq demo`` leaves stands there at the start, with fewer images and a network trained more shortly
-(``tests/end_to_end/test_story.py`` runs the demo itself). Commands with ``imagenet`` run on a few small images, with random
-weights, and with budgets of that size.
+On the digits, what ``saq demo`` leaves stands there at the start, with fewer images and a network trained for fewer
+epochs (``tests/end_to_end/test_story.py`` runs the demo itself). Commands with ``imagenet`` run on a few small images,
+with random weights, and with budgets of that size.
 """
 
 import json
@@ -28,7 +28,10 @@ PAGES = Path(__file__).resolve().parents[1] / "docs" / "guides"
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PAGES.glob("*.md"))}
 FENCE = re.compile(r"^```(\w*) ?([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILES = {
-    name: body for text in TEXTS.values() for language, name, body in FENCE.findall(text) if name and language != "text"
+    name: body
+    for text in TEXTS.values()
+    for language, name, body in FENCE.findall(text)
+    if name and language != "text"
 }
 ON_DIGITS = ("start", "pictures", "budgets", "choosing", "accuracy", "timm", "deploying")
 ON_IMAGENET = ("imagenet", "asga")
@@ -49,7 +52,9 @@ def commands(page: str) -> list[str]:
 
 
 def shortened(line: str) -> str:
-    return line.replace("--recipe minutes", "--recipe minutes --iterations 2")
+    """The same with fewer iterations, images and points."""
+    line = re.sub(r"--recipe minutes( --iterations \d+)?", "--recipe minutes --iterations 2", line)
+    return line.replace("--images 100", "--images 20").replace("--grid 15", "--grid 3")
 
 
 def perform(line: str) -> str:
@@ -61,7 +66,9 @@ def perform(line: str) -> str:
         return program(*words)
     assert first == "saq", line
     result = saq(*words)
-    assert result.exit_code == 0 or (result.exit_code == 4 and BOUND_OF_ACCURACY in words), f"{line}\n{result.stderr}"
+    assert result.exit_code == 0 or (result.exit_code == 4 and BOUND_OF_ACCURACY in words), (
+        f"{line}\n{result.stderr}"
+    )
     return str(result.stdout)
 
 
@@ -142,7 +149,10 @@ def test_imagenet_commands_on_a_stand_in(tmp_path: Path) -> None:
 def deployed(place: Path) -> Path:
     """The folder with a file in style qdq and one in style qonnx of a network at 4 bits, and what it computes."""
     with chdir(place):
-        perform("saq quantize --config digits.toml --bits 4 --epochs 0 --run-dir runs/deployed --style qdq --style qonnx")
+        perform(
+            "saq quantize --config digits.toml --bits 4 --epochs 0 --run-dir runs/deployed"
+            " --style qdq --style qonnx"
+        )
         model = saqcli.load("runs/deployed")
         view = image_transform(saqcli.info(model).preprocessing)
         names = sorted(map(str, Path("runs/demo/digits/val").rglob("*.png")))[::6]
@@ -155,7 +165,9 @@ def deployed(place: Path) -> Path:
 
 
 def test_fifteen_lines_are_fifteen() -> None:
-    lines = [line for line in FILES["run_file.py"].splitlines() if line and not line.startswith(("import", "from"))]
+    lines = [
+        line for line in FILES["run_file.py"].splitlines() if line and not line.startswith(("import", "from"))
+    ]
     assert len(lines) <= 15
 
 
@@ -165,7 +177,9 @@ def test_fifteen_lines_see_what_saq_sees(size: int, deployed: Path) -> None:
         best = json.loads(Path("best.json").read_text(encoding="utf-8"))
         wrong = []
         for name, expected in best.items():
-            Image.open(name).resize((size + 8 * (size != 16), size), Image.Resampling.BICUBIC).save("resized.png")
+            Image.open(name).resize((size + 8 * (size != 16), size), Image.Resampling.BICUBIC).save(
+                "resized.png"
+            )
             if size != 16:
                 model = saqcli.load("runs/deployed")
                 with torch.inference_mode():

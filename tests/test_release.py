@@ -1,7 +1,7 @@
 """What is released: sdist and wheel, installed in an environment that has no other copy, run the demo.
 
-By default the dependencies are those of this environment. With ``SAQ_RELEASE=1`` they are installed anew, which downloads
-gigabytes.
+By default the dependencies are those of this environment. With ``SAQ_RELEASE=1`` they are installed anew, which
+downloads gigabytes.
 """
 
 import os
@@ -46,7 +46,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(path, source)
     made = tmp_path_factory.mktemp("dist")
-    build = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+    build = (
+        "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+    )
     run(sys.executable, "-c", build, "build_sdist", made, cwd=source)
     (archive,) = made.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
@@ -58,14 +60,19 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_has_every_file_of_the_package(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    files = [path for path in (ROOT / "saqcli").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path for path in (ROOT / "saqcli").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
     assert not [name for path in files if (name := path.relative_to(ROOT).as_posix()) not in held]
     assert not [name for name in held if not name.startswith(("saqcli/", "saq-"))]
 
 
 def test_names_carry_the_version(dist: Path) -> None:
     version = saqcli.__version__
-    assert {path.name for path in dist.iterdir()} == {f"saq-{version}.tar.gz", f"saq-{version}-py3-none-any.whl"}
+    assert {path.name for path in dist.iterdir()} == {
+        f"saq-{version}.tar.gz",
+        f"saq-{version}-py3-none-any.whl",
+    }
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == version  # type: ignore[index]
 
@@ -100,6 +107,8 @@ def test_installed_wheel_runs_the_demo(environment: Path, tmp_path: Path) -> Non
 
 
 def test_extras_name_what_the_site_needs() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     named = {re.split(r"[\[<>=]", each)[0] for each in extras["docs"]}
     assert named == {"mkdocs-material", "mkdocstrings", "latex2mathml", "nbclient", "ipykernel"}

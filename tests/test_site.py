@@ -25,7 +25,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(needed)
     made = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", "docs/site/mkdocs.yml", "-d", str(made)],
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "-q",
+            "-f",
+            "docs/site/mkdocs.yml",
+            "-d",
+            str(made),
+        ],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -76,7 +87,9 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
         for link in filter(None, seen.links):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
     for sheet in site.rglob("*.css"):
-        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), (
+            sheet.name
+        )
 
 
 def test_formulas_are_mathml(site: Path) -> None:

@@ -62,7 +62,9 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return MARK.format(len(kept) - 1)
 
     text = FENCE.sub(lambda match: keep(_fence(match)), markdown)
-    text = FORMULA.sub(lambda match: keep(f"<span>{convert(match[1])}</span>"), text)  # math alone would be a block
+    text = FORMULA.sub(
+        lambda match: keep(f"<span>{convert(match[1])}</span>"), text
+    )  # math alone would be a block
     source = page.file.src_uri
     text = LINK.sub(lambda match: _link(match, source, files), text)
     return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], text)
@@ -97,7 +99,9 @@ def _with_folders(nav: Any) -> Any:
     if isinstance(nav, dict):
         return {title: _with_folders(entry) for title, entry in nav.items()}
     if isinstance(nav, list):
-        return [each for entry in nav for each in (_pages(entry) if entry in LISTED else [_with_folders(entry)])]
+        return [
+            each for entry in nav for each in (_pages(entry) if entry in LISTED else [_with_folders(entry)])
+        ]
     return _pages(nav) if nav in LISTED else nav
 
 

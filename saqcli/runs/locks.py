@@ -135,7 +135,9 @@ class Lock:
             return
         if _same_file(self._handle, self.path):
             with suppress(OSError):  # the disk may be read-only by now
-                os.ftruncate(self._handle, 0)  # an open file cannot be removed on Windows, but it can be without a name
+                os.ftruncate(
+                    self._handle, 0
+                )  # an open file cannot be removed on Windows, but it can be without a name
                 self.path.unlink(missing_ok=True)
         _OURS.pop(self.path.resolve(), None)
         os.close(self._handle)

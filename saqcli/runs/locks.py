@@ -44,8 +44,8 @@ class Owner:
 
     @property
     def gone(self) -> bool:
-        """Whether the process ran on this host and has ended; False for other hosts."""
-        if self.host != socket.gethostname():
+        """Whether the process ran on this host and has ended; False for other hosts, and on Windows."""
+        if self.host != socket.gethostname() or os.name == "nt":  # os.kill would end the process there
             return False
         try:
             os.kill(self.pid, 0)
@@ -82,7 +82,7 @@ class Lock:
         """
         for last in (number == TRIES for number in range(1, TRIES + 1)):
             try:
-                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError as error:
                 raise cannot_write(self.path, error) from None
             locked = _lock(handle)
@@ -107,7 +107,8 @@ class Lock:
         _OURS[self.path.resolve()] = owner
         try:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json_text(asdict(owner)).encode(), 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, json_text(asdict(owner)).encode())
         except OSError as error:
             self.release()
             raise cannot_write(self.path, error) from None
@@ -119,7 +120,7 @@ class Lock:
         if ours and ours.pid == os.getpid() and self.path.is_file():
             return ours, True
         try:
-            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(self.path, os.O_RDONLY)
         except OSError:
             return None, False
         try:
@@ -134,6 +135,9 @@ class Lock:
             return
         if _same_file(self._handle, self.path):
             with suppress(OSError):  # the disk may be read-only by now
+                os.ftruncate(
+                    self._handle, 0
+                )  # an open file cannot be removed on Windows, but it can be without a name
                 self.path.unlink(missing_ok=True)
         _OURS.pop(self.path.resolve(), None)
         os.close(self._handle)
@@ -162,7 +166,8 @@ def _lock(handle: int, *, shared: bool = False) -> bool | None:
 def _read(handle: int) -> Owner | None:
     """The named owner; None if there is none or it cannot be read."""
     try:
-        named = json.loads(os.pread(handle, 1000, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        named = json.loads(os.read(handle, 1000))
         return Owner(int(named["pid"]), str(named["host"]), str(named["since"]))
     except (ValueError, KeyError, TypeError):
         return None

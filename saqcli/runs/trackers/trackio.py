@@ -30,6 +30,7 @@ class Trackio(Tracker):
             auto_log_cpu=False,
             auto_log_gpu=False,
         )
+        self._finish = trackio.finish  # of the run that was begun last in this process
         return name
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -40,4 +41,4 @@ class Trackio(Tracker):
         """A last entry."""
         files = {"artifacts": [str(path) for path in end.artifacts]} if end.artifacts else {}
         self._run.log({**end.figures, **files, "status": end.status}, step=end.step)
-        self._run.finish()
+        self._finish()

@@ -60,6 +60,7 @@ FAMILIES = {
         *("exact_form", "exact_sums", "integers", "ordered", "restore", "safetensors"),
     },
     "quant/quantizers": {"base", "ranges"},
+    "runs/trackers": {"base"},
 }
 
 

@@ -120,7 +120,7 @@ class Tracking:
         try:
             with _apart():
                 tracker = TRACKERS[name]()
-                found = tracker.start(run, known and known.id)
+                found = tracker.start(run, None if known is None else known.id)
         except (Exception, SystemExit) as error:  # of the tool, which may raise anything
             if known is None:
                 raise ConfigError(

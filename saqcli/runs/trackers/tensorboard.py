@@ -5,6 +5,7 @@ checkpoint, in the place of the earlier ones, so that no step is there twice.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from saqcli.runs.trackers.base import End, Start, Tracker
 
@@ -25,8 +26,9 @@ class TensorBoard(Tracker):
         folder = run.folder / FOLDER
         for file in folder.glob("events.out.tfevents.*"):
             file.unlink()
-        self._writer = SummaryWriter(folder, purge_step=0)
-        experiment, session, _ = hparams(dict(run.settings), dict.fromkeys(COMPARED, 0.0), {})
+        self._writer: Any = SummaryWriter(folder, purge_step=0)
+        describe: Any = hparams
+        experiment, session, _ = describe(dict(run.settings), dict.fromkeys(COMPARED, 0.0), {})
         self._summary(experiment)
         self._summary(session)
         table = [f"| {key} | {value} |" for key, value in run.settings.items()]
@@ -36,8 +38,8 @@ class TensorBoard(Tracker):
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Scalars."""
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def end(self, end: End) -> None:
         """Scalars of the results, the status, and the paths of the files."""
@@ -55,10 +57,10 @@ class TensorBoard(Tracker):
             )
         )
         self._summary(Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about)]))
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
     def _text(self, name: str, text: str, step: int) -> None:
-        self._writer.add_text(name, text, step)  # type: ignore[no-untyped-call]
+        self._writer.add_text(name, text, step)
 
     def _summary(self, summary: object) -> None:
-        self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+        self._writer._get_file_writer().add_summary(summary)

@@ -7,6 +7,7 @@ has no status of runs: it is logged as a text.
 import os
 from collections.abc import Mapping
 from secrets import token_hex
+from typing import Any
 
 from saqcli.runs.trackers.base import PROJECT, End, Start, Tracker
 
@@ -21,7 +22,7 @@ class Trackio(Tracker):
         import trackio
 
         name = known or f"{run.name}-{token_hex(3)}"
-        self._run = trackio.init(
+        self._run: Any = trackio.init(
             os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=name,
             resume="never" if known is None else "allow",
@@ -30,7 +31,7 @@ class Trackio(Tracker):
             auto_log_cpu=False,
             auto_log_gpu=False,
         )
-        self._finish = trackio.finish  # of the run that was begun last in this process
+        self._finish: Any = trackio.finish  # of the run that was begun last in this process
         return name
 
     def log(self, figures: Mapping[str, float], step: int) -> None:

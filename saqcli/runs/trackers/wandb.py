@@ -6,6 +6,7 @@ further folder that ``wandb sync`` adds to the same run.
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from saqcli.runs.trackers.base import PROJECT, End, Start, Tracker
 
@@ -19,7 +20,7 @@ class WandB(Tracker):
         """A new run of the project, or the known one."""
         import wandb
 
-        self._run = wandb.init(
+        self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,
             id=known,

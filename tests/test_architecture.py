@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
     "cli",
     "pipelines",
+    "callbacks",
     "api",
     "report",
     "verify",

@@ -737,7 +737,10 @@ class TrainingSection(_Section):
 
 
 class RunSection(_Section):
-    """Seed, device, deterministic kernels, and the interval of checkpoints."""
+    """Seed, device, deterministic kernels, trackers, and the interval of checkpoints.
+
+    ``track`` are names in the table of trackers; a run that is resumed may change them.
+    """
 
     panel = RUN
 
@@ -758,7 +761,22 @@ class RunSection(_Section):
             negative=False,
         ),
     ] = False
+    track: Annotated[
+        tuple[str, ...],
+        Option(
+            "Also record the run with a tracker: {choices}",
+            "TOOL",
+            choices=_names("tensorboard trackio wandb mlflow"),
+            family="trackers",
+            repeated=True,
+        ),
+    ] = ()
     checkpoint_minutes: Rate = 10.0
+
+    @model_serializer(mode="wrap", when_used="json")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON has trackers only if there are some."""
+        return {key: value for key, value in handler(self).items() if key != "track" or value}
 
 
 class ExportSection(_Section):

@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
     "cli",
     "pipelines",
+    "callbacks",
     "api",
     "report",
     "verify",
@@ -60,6 +61,7 @@ FAMILIES = {
         *("exact_form", "exact_sums", "integers", "ordered", "restore", "safetensors"),
     },
     "quant/quantizers": {"base", "ranges"},
+    "runs/trackers": {"base"},
 }
 
 

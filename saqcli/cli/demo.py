@@ -24,6 +24,7 @@ EPOCHS = 6
     ),
     o.adapted("training.epochs", default=f"{EPOCHS}", panel=GENERAL),
     o.adapted("run.seed", panel=GENERAL),
+    o.adapted("run.track", panel=GENERAL),
 )
 def demo_command(
     given: o.Given,
@@ -44,6 +45,7 @@ def demo_command(
         bops=given.get("quantization.bops", BUDGET),
         epochs=given.get("training.epochs", EPOCHS),
         seed=given.get("run.seed", 0),
+        track=given.get("run.track", ()),
         progress=progress,
     )
     if json_output:

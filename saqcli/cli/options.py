@@ -272,7 +272,7 @@ def _typed(option: Option, kind: Any, notes: list[Any]) -> tuple[type, dict[str,
 
 def _shown(key: str, option: Option, value: Any) -> str | None:
     """A default as typed on the command line; None if there is none."""
-    if value is None or value == {} or not option.negative:
+    if value in (None, {}, ()) or not option.negative:
         return None
     if isinstance(value, bool):
         return f"--{'' if value else 'no-'}{_names(key, option)[0]}"

@@ -40,6 +40,7 @@ from saqcli.pipelines.setup import (
 )
 from saqcli.process_group import pick_device, started_by_torchrun
 from saqcli.progress import SILENT
+from saqcli.runs.tracking import check_trackers
 from saqcli.searchers import SEARCHERS
 from saqcli.serialization import named_path
 from saqcli.tasks.labels import check_files
@@ -171,6 +172,7 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
     problems.attempt(check_scheme, config)
     problems.attempt(check_training, config)
     problems.attempt(check_device, config.run.device)
+    problems.attempt(check_trackers, config.run.track)
     if config.model.new_head and not config.training.epochs:
         problems.add(
             ConfigError(
@@ -266,6 +268,7 @@ def check_search(config: RunConfig, *, images: bool = True, files: bool = True) 
     problems.attempt(check_scheme, config)
     problems.attempt(make_optimizer, nn.Linear(1, 1, device="meta"), search_training(config))
     problems.attempt(check_device, config.run.device)
+    problems.attempt(check_trackers, config.run.track)
     check_builds(problems, config.model)
     problems.check()
 

@@ -5,6 +5,7 @@ train      a float ResNet-20
 quantize   as ``saq quantize``, under a budget
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from saqcli.pipelines.setup import load_float, open_images, wrap_and_trace
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.random_state import seed_everything
+from saqcli.runs.tracking import check_trackers
 from saqcli.serialization import make_folder, replacing
 from saqcli.training.optimizer import in_float
 from saqcli.training.trainer import Trainer
@@ -29,10 +31,13 @@ VALIDATION_SHARE = 5  # every fifth image of a class is in the validation split
 FLOAT_EPOCHS, FLOAT_LR = 12, 0.05
 
 
-def demo(run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
+def demo(
+    run_dir: Path, *, bops: str, epochs: int, seed: int, progress: Progress, track: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run the demo in ``run_dir``, replacing an earlier one; returns the results of ``quantize``."""
     data, weights, quantized = (run_dir / name for name in ("digits", "float.safetensors", "quantized"))
-    config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed)
+    config = demo_config(data, weights, bops=bops, epochs=epochs, seed=seed, track=track)
+    check_trackers(config.run.track)
     check_budget(config)
     progress.note(f"writing {counted(write_digits(data), 'handwritten digit')} to {data}")
     progress.note(f"training a float {MODEL} for {counted(FLOAT_EPOCHS, 'epoch')}")
@@ -54,7 +59,9 @@ def check_budget(config: RunConfig) -> None:
     space_of(config.quantization, network).check_reachable(budget_of(config.quantization, network))
 
 
-def demo_config(data: Path, weights: Path, *, bops: str, epochs: int, seed: int) -> RunConfig:
+def demo_config(
+    data: Path, weights: Path, *, bops: str, epochs: int, seed: int, track: Sequence[str] = ()
+) -> RunConfig:
     """The configuration of the quantization, without augmentation, since digits must not be flipped."""
     return resolve(
         options={
@@ -71,6 +78,7 @@ def demo_config(data: Path, weights: Path, *, bops: str, epochs: int, seed: int)
             "quantization.bops": bops,
             "training.epochs": epochs,
             "run.seed": seed,
+            "run.track": tuple(track),
         }
     )
 

@@ -91,6 +91,7 @@ def quantize(
         with run.recorded():
             run.restore_metrics(state)
             run.keep_config(config)
+            run.track(config, progress.note)
             resumed = state is not None
             if state is None:
                 if resume:

@@ -39,6 +39,7 @@ from saqcli.units import counted
 VERBS: dict[str, Callable[..., Any]] = {"quantize": quantize, "search": search}
 MAY_DIFFER = (
     *("data.path", "data.calibration", "data.workers", "model.weights", "quantization.policy", "run.device"),
+    "run.track",
     *("training.compile", "training.memory_format", "training.precision"),
 )
 NAMED_SETS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # prefixes of timm's data sets
@@ -236,8 +237,9 @@ def _check_there(config: RunConfig, run_dir: Path) -> None:
 
 
 def _restored(run: RunDirectory, then: Circumstances | None) -> RunConfig:
-    """The settings of ``run``, with the choices that its machine made for automatic ones."""
+    """The settings of ``run`` without trackers, with the choices that its machine made for automatic ones."""
     config, changes = run.config(), dict[str, Any]()
+    changes["run.track"] = ()
     if config.quantization.policy is not None:
         changes["quantization.policy"] = str(run.policy_path)
     way = computed(run.manifest().circumstances)

@@ -92,6 +92,8 @@ def _search(
     with run.recorded():
         if resume:
             note_restart(run, progress.note)
+        run.keep_config(config)
+        run.track(config, progress.note)
         request.images.record_or_check(run)
         float_top1 = top1_in_float(config, request.network, request.images, progress)
         found = run_search(config, request, None, run, progress, float_top1=float_top1)

@@ -13,6 +13,7 @@ checkpoints/      last.ckpt: model, optimizer, random state, position in the epo
 cache/            decoded images with ``data.cache=disk``; may be removed at any time
 artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
 report.md         summary of the results
+trackers.json     the runs of trackers that follow this run; tensorboard/: what TensorBoard reads
 .lock             the process that is using the directory
 """
 
@@ -34,6 +35,7 @@ from saqcli.runs.checkpoints import CheckpointFile
 from saqcli.runs.interrupts import StopRequest, blocked_signals, exit_code_of
 from saqcli.runs.locks import Lock, Owner
 from saqcli.runs.manifest import Circumstances, Computed, RunManifest, circumstances
+from saqcli.runs.tracking import Tracking
 from saqcli.serialization import (
     cannot_write,
     json_text,
@@ -83,6 +85,7 @@ Stage = Literal["proxy", "search", "accuracy", "reconstruction"]
 _FILES = [  # other than manifest.json
     *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json", "scores.json"),
     *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
+    "trackers.json",
 ]
 
 
@@ -110,6 +113,7 @@ class RunDirectory:
             stage: CheckpointFile(path / "checkpoints" / f"{stage}.ckpt") for stage in get_args(Stage)
         }
         self._lock = Lock(path)
+        self._tracking = Tracking(path)
         self.killed: Owner | None = None  # the last process in this directory, if it was killed
 
     @classmethod
@@ -264,6 +268,7 @@ class RunDirectory:
         """Write the final status; errors are suppressed, since the cause is reported."""
         with suppress(SaqError), blocked_signals():
             self._update(status=status)
+        self._tracking.end(status)
 
     def interrupted(self, exit_code: int) -> Interrupted:
         """The error to raise after signal ``exit_code - 128``."""
@@ -338,6 +343,7 @@ class RunDirectory:
         paths = sorted(path for path in (self.path / "artifacts").glob("*") if not path.name.startswith("."))
         hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths}
         self._update(status="finished", results=results, artifacts=hashes)
+        self._tracking.end("finished", results)
 
     def log(self, **values: Any) -> None:
         """Append one object to ``metrics.jsonl``.
@@ -349,6 +355,7 @@ class RunDirectory:
         if distributed.first():
             self._check_exists()
             self._metrics.append(values)
+            self._tracking.log(values)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint by ``state`` and the metrics so far, and keep the previous one.
@@ -389,6 +396,20 @@ class RunDirectory:
         if distributed.first():
             self._metrics.restore((state or {}).get("metrics", ""))
 
+    def track(self, config: RunConfig, note: Callable[[str], None] = lambda _: None) -> None:
+        """From now on pass metrics, results and status to the trackers of ``run.track``; call it in ``recorded``.
+
+        Args:
+            config: resolved.
+            note: receives a line if a tracker fails later, and is dropped.
+
+        Raises:
+            ConfigError: one that this run does not have yet cannot be started.
+            RunDirectoryError: ``trackers.json`` is damaged.
+        """
+        self._tracking = Tracking(self.path, note)
+        distributed.from_first(lambda: self._tracking.start(config, self.verb, self._metrics.text()))
+
     def end_search(self) -> None:
         """Delete the states of a finished search."""
         self._end("proxy", "search")
@@ -425,7 +446,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove the files of a run, and nothing else."""
-        for name in ("checkpoints", "artifacts", "cache"):
+        for name in ("checkpoints", "artifacts", "cache", "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

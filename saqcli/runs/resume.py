@@ -62,11 +62,13 @@ def check_same_settings(run: RunDirectory, config: RunConfig) -> None:
 def with_free_settings(one: RunConfig, other: RunConfig) -> RunConfig:
     """``one`` with the settings of ``other`` that a resumed run may change.
 
-    These are ``training.keep``, as checkpoints hold both states, and ``data.cache``, which changes no result.
+    These are ``training.keep``, as checkpoints hold both states, and ``data.cache`` and ``run.track``, which change no
+    result.
     """
     training = one.training.model_copy(update={"keep": other.training.keep})
     data = one.data.model_copy(update={"cache": other.data.cache})
-    return one.model_copy(update={"training": training, "data": data})
+    tracked = one.run.model_copy(update={"track": other.run.track})
+    return one.model_copy(update={"training": training, "data": data, "run": tracked})
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> str | None:

@@ -18,6 +18,7 @@ from saqcli.export import STYLES
 from saqcli.pipelines import quantize
 from saqcli.quant.costs import COSTS
 from saqcli.quant.quantizers import QUANTIZERS
+from saqcli.runs.trackers import TRACKERS
 from saqcli.searchers import SEARCHERS
 from saqcli.target import TARGETS
 from saqcli.training.minimizers import MINIMIZERS
@@ -33,12 +34,13 @@ TABLES = {
     "quantization.activation_quantizer": QUANTIZERS,
     "training.method": MINIMIZERS,
     "export.styles": STYLES,
+    "run.track": TRACKERS,
     "recipe": recipes(),
 }
 GENERAL = "--json --quiet --verbose -q"
 RUN = (
     "--config --deterministic --device --dry-run --overwrite --recipe --resume --run-dir --seed "
-    f"--set {GENERAL}"
+    f"--set --track {GENERAL}"
 )
 IMAGES = "--bad-images --batch-size --class-map --class-order --data --exif-transpose --no-exif-transpose --workers"
 NETWORK = (
@@ -74,7 +76,7 @@ ACCEPTED = {
     "--rho-unit --samples --seed --sensitivity --set --sharpness --span --split --starts --trace",
     "models": "--json --verbose",
     "targets": "--json --verbose",
-    "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed",
+    "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed --track",
 }
 
 

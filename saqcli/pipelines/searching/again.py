@@ -16,6 +16,7 @@ from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT, Progress
 from saqcli.report.search_scores import read_scores
 from saqcli.runs.directory import RunDirectory
+from saqcli.runs.tracking import check_trackers
 from saqcli.searchers import SearchProblem, SearchResult, best_choice
 from saqcli.searchers.problem import NO_IMAGES
 
@@ -46,6 +47,7 @@ def check_again(config: RunConfig) -> None:
             )
         )
     problems.attempt(check_bits, section, files=False)
+    problems.attempt(check_trackers, config.run.track)
     problems.check()
 
 
@@ -130,6 +132,7 @@ def search_again(
     )
     run = RunDirectory.start(run_dir, config, resume=False, overwrite=overwrite, verb="search")
     with run.recorded():
+        run.track(config, progress.note)
         results = save_search(found, config, run)
         run.finish(results)
         run.end_search()

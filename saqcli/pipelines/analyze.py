@@ -30,6 +30,8 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.report.analysis_file import AnalysisFile, SubjectMetadata, digest_of
 from saqcli.report.canvas import model_names
+from saqcli.report.page.page import NAME as PAGE
+from saqcli.report.page.page import page_after_analysis, try_page
 from saqcli.report.readings import draw
 from saqcli.runs.interrupts import Stopped, deferred_interrupts, exit_code_of
 from saqcli.runs.locks import Lock
@@ -323,6 +325,9 @@ def _measure(request: Request, opened: list[OpenedModel], settings: Settings, pr
             subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]
             files += draw(name, subjects, request.out, images)
             task.advance()
+    page = page_after_analysis(Path(request.source), request.out)
+    if try_page(page, progress):
+        files.append(page / PAGE)
     return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files)
 
 

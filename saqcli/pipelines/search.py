@@ -34,6 +34,7 @@ from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget
+from saqcli.report.page.page import try_page
 from saqcli.report.pareto import front_of
 from saqcli.report.search_report import check_results, write_search
 from saqcli.runs.directory import RunDirectory
@@ -98,6 +99,8 @@ def _search(
         results = save_search(found, config, run)
         run.finish(results)
         run.end_search()
+    if distributed.first():
+        try_page(run.path, progress)
     return results
 
 

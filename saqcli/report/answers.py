@@ -42,6 +42,7 @@ class ChangedImage(BaseModel):
         label: name of its class; None without labels.
         before: class by the float network.
         after: class by the quantized network.
+        pixels: longest side of the image.
         jpeg: a small copy, in Base64.
     """
 
@@ -51,6 +52,7 @@ class ChangedImage(BaseModel):
     label: str | None
     before: str
     after: str
+    pixels: Count
     jpeg: Annotated[str, Field(pattern="^[A-Za-z0-9+/]+=*$", max_length=40_000)]
 
 
@@ -112,7 +114,7 @@ def write_answers(
 
 
 def _by_class(names: Sequence[str], labels: Tensor, was: Tensor, now: Tensor) -> Iterator[ClassAnswers]:
-    for index in labels.unique().tolist():
+    for index in sorted(set(labels.tolist())):
         of = labels == index
         yield ClassAnswers(
             name=_name(names, index),
@@ -142,6 +144,7 @@ def _pictures(
                 label=None if labels is None else _name(split.class_names, int(labels[at])),
                 before=_name(split.class_names, int(before[at])),
                 after=_name(split.class_names, int(after[at])),
+                pixels=max(image.size),
                 jpeg=_jpeg(image),
             )
 
@@ -174,5 +177,3 @@ def _jpeg(image: Image.Image) -> str:
     data = io.BytesIO()
     image.save(data, "JPEG", quality=QUALITY)
     return base64.b64encode(data.getvalue()).decode()
-
-

@@ -37,7 +37,9 @@ class OperandFit(BaseModel):
     @classmethod
     def of(cls, operand: Operand | None) -> "OperandFit | None":
         """The figures of ``operand``; None in floating point."""
-        return operand and cls(error=operand.error, clipped=operand.clipped, used=operand.used)
+        if operand is None:
+            return None
+        return cls(error=operand.error, clipped=operand.clipped, used=operand.used)
 
 
 class CalibratedLayer(BaseModel):

@@ -1,12 +1,14 @@
-"""The pictures of a page: bits of layers, curves of training, blocks, the front, the loss landscape, runs side by side."""
+"""The pictures of a page: bits of layers, curves of training, blocks, the front, the landscape, runs side by side."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from saqcli.analysis.landscape import LandscapeReading
 from saqcli.quant.bits import MAX_BITS, LayerBits, mean_bits
@@ -16,6 +18,8 @@ from saqcli.report.page.svg import Axes, Labels, Picture, Point, Scale, spread
 from saqcli.report.pareto import Front, uniform_names
 from saqcli.units import format_quantity
 
+Array = NDArray[np.float64]
+Codes = NDArray[np.uint8]
 WIDTH, HEIGHT = 460.0, 300.0  # of a plot
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 26.0, 44.0  # margins of a plot
 FLOAT_HEIGHT = MAX_BITS + 1  # of a bar in floating point
@@ -57,14 +61,14 @@ def policy_picture(layers: Sequence[LayerBar]) -> Markup:
         share = "" if layer.share is None else f", {100 * layer.share:.1f} % of the bit-operations"
         note = f"{layer.name}: {layer.bits}{share}{', pinned' if layer.pinned else ''}"
         opacity = FAINTEST + (1 - FAINTEST) * (layer.share or 0.0) / most if layer.share is not None else 0.7
-        for sign, bits in ((1, layer.bits.weight), (-1, layer.bits.activation)):
-            size = unit * (bits or FLOAT_HEIGHT)
-            kind = ("bar" if bits else "bar float") + (" pinned" if layer.pinned else "")
+        for sign, width in ((1, layer.bits.weight), (-1, layer.bits.activation)):
+            size = unit * (width or FLOAT_HEIGHT)
+            kind = ("bar" if width else "bar float") + (" pinned" if layer.pinned else "")
             top = middle - size if sign > 0 else middle
-            picture.box(x, top, wide, size, kind, note, opacity=opacity if bits else None, round_by=2)
+            picture.box(x, top, wide, size, kind, note, opacity=opacity if width else None, round_by=2)
             if column >= 14:
                 y = top - 4 if sign > 0 else middle + size + 12
-                picture.text((x + wide / 2, y), str(bits or "f"), "digit", "middle")
+                picture.text((x + wide / 2, y), str(width or "f"), "digit", "middle")
         picture.text((x + wide / 2 + 4, 2 * middle + 10), names[index], "layer", "end", -90)
     macs = {layer.name: layer.macs for layer in layers}
     if sum(macs.values()):
@@ -159,7 +163,9 @@ def front_picture(front: Front) -> Markup:
         ("bit-operations", "bytes")[unit], "top-1, %", lambda v: format_quantity(v, suffix), "{:g}".format
     )
     if shows_float:
-        picture.line([axes.at(x.low, front.float_top1 or 0), axes.at(x.high, front.float_top1 or 0)], "reference")
+        picture.line(
+            [axes.at(x.low, front.float_top1 or 0), axes.at(x.high, front.float_top1 or 0)], "reference"
+        )
     if bound is not None:
         picture.line([(x(bound), y.start), (x(bound), y.end)], "budget")
     best = sorted((p for p in front.points if p.on_front), key=lambda p: (p.cost[unit], -p.top1))
@@ -179,7 +185,9 @@ def front_picture(front: Front) -> Markup:
         elif index in uniform:
             picture.box(at[0] - 4, at[1] - 4, 8, 8, "uniform", note)
         else:
-            picture.dot(at, 3.2 if point.on_front else 2.4, "dot first" if point.on_front else "dot other", note)
+            picture.dot(
+                at, 3.2 if point.on_front else 2.4, "dot first" if point.on_front else "dot other", note
+            )
     labels = Labels(picture, spots)
     for index, point in enumerate(front.points):
         at = axes.at(point.cost[unit], point.top1)
@@ -201,17 +209,19 @@ def landscape_picture(reading: LandscapeReading) -> Markup | None:
     height = np.log(np.maximum(losses, max(float(known.max()) * 1e-6, 1e-12)))
     height = np.where(np.isfinite(height), height, np.nanmax(height))
     side, margin = 300.0, 12.0
-    picture = Picture(side + 2 * margin, side + 2 * margin, "The loss around the quantized weights", "landscape")
+    picture = Picture(
+        side + 2 * margin, side + 2 * margin, "The loss around the quantized weights", "landscape"
+    )
     across = np.linspace(margin, margin + side, reading.grid)
     contours = contour_generator(across, across[::-1], height)
     low, high = float(height.min()), float(height.max())
     levels = [low + (high - low) * (k + 0.5) / CONTOURS for k in range(CONTOURS)]
     picture.box(margin, margin, side, side, "sea", round_by=4)
     for level in reversed(levels):
-        shapes, codes = contours.filled(low - 1, level)
+        shapes, codes = cast("tuple[list[Array], list[Codes]]", contours.filled(low - 1, level))
         picture.path("".join(map(_polygons, shapes, codes)), "depth")
     for level in levels:
-        for line in contours.lines(level):
+        for line in cast("list[Array]", contours.lines(level)):
             picture.line([(float(a), float(b)) for a, b in line], "contour")
     middle = margin + side / 2
     picture.dot((middle, middle), 4.5, "chosen", f"the quantized weights: loss {_middle(reading):.4g}")
@@ -222,7 +232,7 @@ def _middle(reading: LandscapeReading) -> float:
     return reading.loss[reading.grid // 2][reading.grid // 2] or 0.0
 
 
-def _polygons(points: "np.typing.NDArray[np.float64]", codes: "np.typing.NDArray[np.uint8]") -> str:
+def _polygons(points: Array, codes: Codes) -> str:
     """SVG path of contourpy's polygon with holes: code 1 starts a ring, 79 closes it."""
     starts = [*np.flatnonzero(codes == 1).tolist(), len(points)]
     rings = [points[a:b] for a, b in pairwise(starts)]
@@ -264,7 +274,10 @@ def runs_picture(runs: Sequence[RunPoint], floats: Sequence[tuple[str, float]], 
     axes.draw("bit-operations", y_label, format_quantity, "{:g}".format)
     for _, top in near:
         picture.line([axes.at(x.low, top), axes.at(x.high, top)], "reference")
-    spots = [(*(v - 7 for v in axes.at(run.bops, run.accuracy)), *(v + 7 for v in axes.at(run.bops, run.accuracy))) for run in runs]
+    spots = [
+        (*(v - 7 for v in axes.at(run.bops, run.accuracy)), *(v + 7 for v in axes.at(run.bops, run.accuracy)))
+        for run in runs
+    ]
     labels = Labels(picture, [(a, b, c, d) for a, b, c, d in spots])
     for run in runs:
         at = axes.at(run.bops, run.accuracy)

@@ -8,7 +8,8 @@ from saqcli.errors import ConfigError
 from saqcli.quant.bits import LayerBits
 from saqcli.report.page import charts
 from saqcli.report.page.contents import Contents
-from saqcli.report.page.sections import date_of, layer_rows
+from saqcli.report.page.layers import bars_of, layer_rows
+from saqcli.report.page.sections import date_of
 from saqcli.units import counted
 
 MOST_RUNS = 24
@@ -46,7 +47,8 @@ def compared(runs: Sequence[Contents]) -> dict[str, Any]:
         "picture": picture,
         "policies": _policies(names, runs) if len(models) == 1 else [],
         "pictures": [
-            {"name": name, "picture": charts.policy_picture(_bars(run))} for name, run in zip(names, runs, strict=True)
+            {"name": name, "picture": charts.policy_picture(bars_of(layer_rows(run)[0]))}
+            for name, run in zip(names, runs, strict=True)
         ],
         "names": names,
     }
@@ -69,7 +71,9 @@ def _row(name: str, run: Contents) -> dict[str, Any]:
     if found is not None:
         size, training = found.size_bytes, run.config.training
         stages = [stage.stage for stage in found.stages] or ["calibrated"]
-        how = ", ".join(stages) + (f" ({training.method}, {counted(training.epochs, 'epoch')})" if found.epochs else "")
+        how = ", ".join(stages) + (
+            f" ({training.method}, {counted(training.epochs, 'epoch')})" if found.epochs else ""
+        )
         seconds = sum(run.manifest.seconds.values()) or None
         return row | {
             "top1": found.top1, "top5": found.top5, "agreement": found.agreement, "float_top1": found.float_top1,
@@ -77,10 +81,10 @@ def _row(name: str, run: Contents) -> dict[str, Any]:
             "bops": found.bops, "size": size, "seconds": seconds, "how": how,
         }  # fmt: skip
     assert searched is not None
-    size = getattr(searched, "size_bytes", None)
     return row | {
         "top1": searched.scoring_top1, "top5": None, "agreement": None, "float_top1": None, "change": None,
-        "bops": searched.bops, "size": size, "seconds": searched.seconds, "how": f"searched ({searched.searcher})",
+        "bops": searched.bops, "size": searched.size_bytes, "seconds": searched.seconds,
+        "how": f"searched ({searched.searcher})",
     }  # fmt: skip
 
 
@@ -93,8 +97,3 @@ def _policies(names: Sequence[str], runs: Sequence[Contents]) -> list[dict[str, 
         if len(set(bits)) > 1:
             rows.append({"layer": layer, "bits": bits})
     return rows
-
-
-def _bars(run: Contents) -> list[charts.LayerBar]:
-    rows, _ = layer_rows(run)
-    return [charts.LayerBar(row.name, row.bits, row.share, row.macs, row.pinned) for row in rows]

@@ -205,7 +205,9 @@ def read_run(path: Path) -> Contents:
     run = RunDirectory.open(path)
     manifest = run.manifest()
     if manifest.status != "finished":
-        raise RunDirectoryError(f"{path} {run.status_text()}, so there is nothing to report: {run.next_step()}")
+        raise RunDirectoryError(
+            f"{path} {run.status_text()}, so there is nothing to report: {run.next_step()}"
+        )
     where = f"{path}/manifest.json, results"
     whole = manifest.verb == "quantize"
     search = _optional(run.search_path, SearchResults)
@@ -213,7 +215,9 @@ def read_run(path: Path) -> Contents:
         path=path,
         manifest=manifest,
         config=run.config(),
-        quantized=parse_object(QuantizeFigures, manifest.results, where, RunDirectoryError) if whole else None,
+        quantized=parse_object(QuantizeFigures, manifest.results, where, RunDirectoryError)
+        if whole
+        else None,
         searched=search if whole else parse_object(SearchResults, manifest.results, where, RunDirectoryError),
         network=_optional(run.network_path, CalibratedNetwork),
         answers=_optional(run.answers_path, Answers),

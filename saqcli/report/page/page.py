@@ -14,7 +14,8 @@ from saqcli.errors import ConfigError, RunDirectoryError, SaqError
 from saqcli.progress import Progress
 from saqcli.report.page.compared import compared
 from saqcli.report.page.contents import read_analysis, read_run
-from saqcli.report.page.sections import analysis, points, sections
+from saqcli.report.page.head import points
+from saqcli.report.page.sections import analysis, sections
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder, write_text
 from saqcli.units import format_duration, format_quantity
@@ -46,18 +47,22 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     return path
 
 
-def try_page(folder: Path, progress: Progress) -> None:
+def try_page(folder: Path, progress: Progress) -> bool:
     """Write the page of a finished run; a run does not fail because a file that its page shows is damaged."""
     try:
         write_page([folder])
     except SaqError as error:
         progress.note(f"{NAME} was not written: {error}")
+        return False
+    return True
 
 
 def page_of(folders: Sequence[Path]) -> str:
     """The text of the page; arguments and errors as for ``write_page``."""
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ConfigError("the same run is given twice: give different runs, or a single one for its own page")
+        raise ConfigError(
+            "the same run is given twice: give different runs, or a single one for its own page"
+        )
     if len(folders) > 1:
         return _rendered("compared.html.j2", compared([read_run(folder) for folder in folders]))
     folder = folders[0]
@@ -102,7 +107,7 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "percent": lambda value: "" if value is None else f"{value:.2f} %",
-        "share": lambda value: f"{100 * value:.3g} %",
+        "share": _share,
         "points": points,
         "quantity": lambda value: "" if value is None else format_quantity(value),
         "bytes": lambda value: "" if value is None else format_quantity(value, "B"),
@@ -120,3 +125,8 @@ def _figure(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return ""
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _share(value: float) -> str:
+    """A share in percent with one decimal place."""
+    return f"{100 * value:.1f} %" if value == 0 or value >= 0.0005 else "<0.1 %"

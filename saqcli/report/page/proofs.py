@@ -63,7 +63,9 @@ def _claims(verdict: VerdictFile) -> list[Claim]:
         equal = "Every logit equals that of the model's exact form, to the last bit"
         if verdict.max_abs_diff:
             equal = f"Logits differ from the model's exact form by up to {verdict.max_abs_diff:.3g}"
-        found.append(Claim("Bit for bit", f"{equal}, on {images}. The best class is the same on {agreement}."))
+        found.append(
+            Claim("Bit for bit", f"{equal}, on {images}. The best class is the same on {agreement}.")
+        )
     else:
         if verdict.layers:
             found.append(Claim("Layer by layer", _layers(verdict)))
@@ -91,7 +93,9 @@ def _claims(verdict: VerdictFile) -> list[Claim]:
         found.append(Claim("Deployed form", text))
     for name, figures in verdict.runtimes.items():
         if (agrees := figures.get("argmax_agreement")) is not None:
-            found.append(Claim(f"In {name}", f"The best class is the same on {100 * agrees:.2f} % of {images}."))
+            found.append(
+                Claim(f"In {name}", f"The best class is the same on {100 * agrees:.2f} % of {images}.")
+            )
     found += [Claim("Condition", f"{line[0].upper()}{line[1:]}.") for line in verdict.conditions if line]
     return found
 
@@ -100,6 +104,6 @@ def _layers(verdict: VerdictFile) -> str:
     layers = "Its one layer" if verdict.layers == 1 else f"Each of its {verdict.layers} layers"
     codes = "None" if not verdict.flipped_codes else f"{verdict.flipped_codes:,}"
     return (
-        f"{layers}, fed the codes that PyTorch feeds it, returns what PyTorch returns, to {verdict.layers_error:.1e} of "
-        f"its range. {codes} of {counted(verdict.codes, 'code')} rounded the other way."
+        f"{layers}, fed the codes that PyTorch feeds it, returns what PyTorch returns, to "
+        f"{verdict.layers_error:.1e} of its range. {codes} of {counted(verdict.codes, 'code')} rounded the other way."
     )

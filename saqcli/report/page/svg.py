@@ -40,6 +40,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """The pixel of ``value``, or one just beyond the end if it is outside."""
         low, high = self._linear(self.low), self._linear(self.high)
         share = (self._linear(value) - low) / ((high - low) or 1.0)
         return self.start + min(max(share, -0.02), 1.02) * (self.end - self.start)
@@ -59,10 +60,15 @@ class Scale:
         span = (self.high - self.low) or 1.0
         unit = 10.0 ** math.floor(math.log10(span / most))
         step = next(s * unit for s in (*STEPS, 10.0) if span / (s * unit) <= most)
-        return [k * step for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
+        return [
+            k * step
+            for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
+        ]
 
 
-def spread(values: Iterable[float], start: float, end: float, *, log: bool = False, room: float = 0.06) -> Scale:
+def spread(
+    values: Iterable[float], start: float, end: float, *, log: bool = False, room: float = 0.06
+) -> Scale:
     """A scale that holds all values, with some room at both ends.
 
     Args:
@@ -140,11 +146,15 @@ class Picture:
 
     def markup(self) -> Markup:
         """The element."""
-        least = f' style="min-width:{0.9 * self.width:.0f}px;max-width:{1.5 * self.width:.0f}px"' if self._scrolls else ""
+        least = (
+            f' style="min-width:{0.9 * self.width:.0f}px;max-width:{1.5 * self.width:.0f}px"'
+            if self._scrolls
+            else ""
+        )
         size = f"{number(self.width)} {number(self.height)}"
         head = f'<svg class="picture {self._kind}"{least} viewBox="0 0 {size}" role="img"'
         body = "".join(self._parts)
-        return Markup(f'{head} aria-label="{escape(self._title)}">{body}</svg>')  # noqa: S704
+        return Markup(f'{head} aria-label="{escape(self._title)}">{body}</svg>')
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ addEventListener("load", () => setTimeout(() => {
     scrollWidth: document.documentElement.scrollWidth,
     wide: wide.map((element) => element.tagName + "." + element.className).slice(0, 5),
     images: [...document.images].map((image) => image.naturalWidth),
-    pictures: [...document.querySelectorAll("svg")].map((svg) => {
+    pictures: [...document.querySelectorAll("svg")].filter((svg) => !svg.closest("tr.more")).map((svg) => {
       const box = svg.getBoundingClientRect();
       return [svg.getAttribute("aria-label"), Math.round(box.width), Math.round(box.height)];
     }),

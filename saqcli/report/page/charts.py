@@ -14,17 +14,17 @@ from saqcli.analysis.landscape import LandscapeReading
 from saqcli.quant.bits import MAX_BITS, LayerBits, mean_bits
 from saqcli.report.canvas import shortened
 from saqcli.report.page.contents import BlockRow, Metric
-from saqcli.report.page.svg import Axes, Labels, Picture, Point, Scale, spread
+from saqcli.report.page.svg import Axes, Labels, Picture, Point, Scale, number, spread
 from saqcli.report.pareto import Front, uniform_names
 from saqcli.units import format_quantity
 
 Array = NDArray[np.float64]
-Codes = NDArray[np.uint8]
+Offsets = NDArray[np.uint32]
 WIDTH, HEIGHT = 460.0, 300.0  # of a plot
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 26.0, 44.0  # margins of a plot
 FLOAT_HEIGHT = MAX_BITS + 1  # of a bar in floating point
 FAINTEST = 0.22  # opacity of a layer without bit-operations
-CONTOURS = 11
+CONTOURS, FINE = 11, 61  # levels of the landscape, and points along each side
 NAME, LONGEST = 5.9, 24  # pixels a letter of the name of a layer; most letters
 
 
@@ -212,17 +212,15 @@ def landscape_picture(reading: LandscapeReading) -> Markup | None:
     picture = Picture(
         side + 2 * margin, side + 2 * margin, "The loss around the quantized weights", "landscape"
     )
-    across = np.linspace(margin, margin + side, reading.grid)
-    contours = contour_generator(across, across[::-1], height)
+    height = _refined(height)
+    across = np.linspace(margin, margin + side, len(height))
+    contours = contour_generator(across, across[::-1], height, fill_type="OuterOffset")
     low, high = float(height.min()), float(height.max())
     levels = [low + (high - low) * (k + 0.5) / CONTOURS for k in range(CONTOURS)]
     picture.box(margin, margin, side, side, "sea", round_by=4)
     for level in reversed(levels):
-        shapes, codes = cast("tuple[list[Array], list[Codes]]", contours.filled(low - 1, level))
-        picture.path("".join(map(_polygons, shapes, codes)), "depth")
-    for level in levels:
-        for line in cast("list[Array]", contours.lines(level)):
-            picture.line([(float(a), float(b)) for a, b in line], "contour")
+        shapes, rings = cast("tuple[list[Array], list[Offsets]]", contours.filled(low - 1, level))
+        picture.path("".join(map(_polygon, shapes, rings)), "depth")
     middle = margin + side / 2
     picture.dot((middle, middle), 4.5, "chosen", f"the quantized weights: loss {_middle(reading):.4g}")
     return picture.markup()
@@ -232,11 +230,21 @@ def _middle(reading: LandscapeReading) -> float:
     return reading.loss[reading.grid // 2][reading.grid // 2] or 0.0
 
 
-def _polygons(points: Array, codes: Codes) -> str:
-    """SVG path of contourpy's polygon with holes: code 1 starts a ring, 79 closes it."""
-    starts = [*np.flatnonzero(codes == 1).tolist(), len(points)]
-    rings = [points[a:b] for a, b in pairwise(starts)]
-    return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in ring) + "Z" for ring in rings)
+def _refined(height: Array) -> Array:
+    """The same surface on a finer grid, interpolated by cubic splines, within the range of its values."""
+    from scipy.interpolate import RectBivariateSpline
+
+    points, fine = np.arange(len(height)), np.linspace(0, len(height) - 1, max(FINE, len(height)))
+    degree = min(3, len(height) - 1)
+    surface = RectBivariateSpline(points, points, height, kx=degree, ky=degree)(fine, fine)
+    found: Array = np.clip(surface, height.min(), height.max())
+    return found
+
+
+def _polygon(points: Array, rings: Offsets) -> str:
+    """SVG path of a polygon with holes; ``rings`` are the first points of its rings, and the end of the last."""
+    parts = [points[first:last] for first, last in pairwise(rings.tolist())]
+    return "".join("M" + "L".join(f"{number(x)} {number(y)}" for x, y in part[:-1]) + "Z" for part in parts)
 
 
 def histogram(shares: Sequence[float], title: str) -> Markup:
@@ -285,4 +293,36 @@ def runs_picture(runs: Sequence[RunPoint], floats: Sequence[tuple[str, float]], 
         labels.put(at, shortened(run.name, LONGEST), "label", 11)
     for name, top in near:
         labels.put(((x.start + x.end) / 2, y(top)), name, "label", 4)
+    return picture.markup()
+
+
+def matrix_picture(
+    names: Sequence[str], layers: Sequence[str], bits: Sequence[Sequence[LayerBits]]
+) -> Markup:
+    """The bits of every layer in several runs of one network: a row a run, a column a layer, stronger by bits."""
+    column = 34.0 if len(layers) <= 28 else max(15.0, 950.0 / len(layers))
+    row = 26.0
+    rows = [shortened(name, LONGEST) for name in names]
+    columns = [shortened(name, LONGEST) for name in layers]
+    left = 16 + 7.2 * max(map(len, rows))
+    bottom = 12 + NAME * max(map(len, columns))
+    size = left + column * len(layers) + 4, row * len(rows) + bottom
+    picture = Picture(*size, "Bits of every layer in every run", "matrix", scrolls=True)
+    for place, (name, of_run) in enumerate(zip(rows, bits, strict=True)):
+        y = row * place
+        picture.text((left - 10, y + 17), name, "label", "end")
+        for index, one in enumerate(of_run):
+            strength = (
+                math.sqrt((one.weight or FLOAT_HEIGHT) * (one.activation or FLOAT_HEIGHT)) / FLOAT_HEIGHT
+            )
+            note = f"{names[place]}, {layers[index]}: {one}"
+            x = left + column * index
+            opacity = 0.06 + 0.6 * max(strength - 0.2, 0)
+            picture.box(x + 1, y + 1, column - 2, row - 2, "bar", note, opacity=opacity, round_by=3)
+            weight, activation = (str(width or "f") for width in (one.weight, one.activation))
+            text = weight if weight == activation else f"{weight}/{activation}"
+            if column >= 7 * len(text) + 4:
+                picture.text((x + column / 2, y + 17), text, "digit", "middle")
+    for index, name in enumerate(columns):
+        picture.text((left + column * (index + 0.5) + 4, row * len(rows) + 8), name, "layer", "end", -90)
     return picture.markup()

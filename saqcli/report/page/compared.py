@@ -1,11 +1,11 @@
 """The page that compares several runs: accuracy over bit-operations, figures side by side, bits where they differ."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from saqcli.errors import ConfigError
-from saqcli.quant.bits import LayerBits
 from saqcli.report.page import charts
 from saqcli.report.page.contents import Contents
 from saqcli.report.page.layers import bars_of, layer_rows
@@ -26,10 +26,15 @@ def compared(runs: Sequence[Contents]) -> dict[str, Any]:
     names = short_names([run.path for run in runs])
     models = list(dict.fromkeys(run.model for run in runs))
     rows = [_row(name, run) for name, run in zip(names, runs, strict=True)]
-    labelled = all(row["top1"] is not None for row in rows)
+    labelled = any(row["top1"] is not None for row in rows)
     accuracies = [row["top1"] if labelled else row["agreement"] for row in rows]
     known = [(row, value) for row, value in zip(rows, accuracies, strict=True) if value is not None]
-    best = max(known, key=lambda pair: (pair[1], -pair[0]["bops"]))[0] if known else None
+    scored = {
+        _images_of(run) for run, row in zip(runs, rows, strict=True) if any(row is each for each, _ in known)
+    }
+    best = None
+    if len(scored) == 1:
+        best = max(known, key=lambda pair: (pair[1], -pair[0]["bops"]))[0]
     floats = {row["float_top1"]: f"float {row['model']}" for row in rows if row["float_top1"] is not None}
     picture = None
     if len(known) > 1:
@@ -43,25 +48,26 @@ def compared(runs: Sequence[Contents]) -> dict[str, Any]:
         "count": counted(len(runs), "run"),
         "rows": rows,
         "best": best,
+        "same_images": len(scored) <= 1,
         "labelled": labelled,
         "picture": picture,
-        "policies": _policies(names, runs) if len(models) == 1 else [],
+        "matrix": _matrix(names, runs) if len(models) == 1 else None,
+        "policies": _policies(runs) if len(models) == 1 else [],
         "pictures": [
             {"name": name, "picture": charts.policy_picture(bars_of(layer_rows(run)[0]))}
             for name, run in zip(names, runs, strict=True)
-        ],
+        ]
+        if len(models) > 1
+        else [],
         "names": names,
     }
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest distinct ends of the paths."""
-    parts = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+    """The paths below the folder that they share."""
+    found = [path.resolve() for path in paths]
+    shared = Path(os.path.commonpath([path.parent for path in found]))
+    return [str(path.relative_to(shared)) for path in found]
 
 
 def _row(name: str, run: Contents) -> dict[str, Any]:
@@ -88,12 +94,26 @@ def _row(name: str, run: Contents) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _policies(names: Sequence[str], runs: Sequence[Contents]) -> list[dict[str, Any]]:
+def _images_of(run: Contents) -> str:
+    """The fingerprint of the images that a run was scored on; empty if unknown."""
+    images = run.manifest.images
+    return images.get("val") or images.get("calibration") or ""
+
+
+def _shared_layers(runs: Sequence[Contents]) -> list[str]:
+    return [name for name in runs[0].policy if all(name in run.policy for run in runs)]
+
+
+def _matrix(names: Sequence[str], runs: Sequence[Contents]) -> Any:
+    layers = _shared_layers(runs)
+    return charts.matrix_picture(names, layers, [[run.policy[name] for name in layers] for run in runs])
+
+
+def _policies(runs: Sequence[Contents]) -> list[dict[str, Any]]:
     """The layers whose bits differ between runs of one network, with the bits in every run."""
-    layers = [name for name in runs[0].policy if all(name in run.policy for run in runs)]
     rows = []
-    for layer in layers:
-        bits: list[LayerBits] = [run.policy[layer] for run in runs]
+    for name in _shared_layers(runs):
+        bits = [run.policy[name] for run in runs]
         if len(set(bits)) > 1:
-            rows.append({"layer": layer, "bits": bits})
+            rows.append({"layer": name, "bits": bits})
     return rows

@@ -108,6 +108,7 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
     environment.filters |= {
         "percent": lambda value: "" if value is None else f"{value:.2f} %",
         "share": _share,
+        "whole": lambda value: f"{100 * value:.0f} %",
         "points": points,
         "quantity": lambda value: "" if value is None else format_quantity(value),
         "bytes": lambda value: "" if value is None else format_quantity(value, "B"),
@@ -121,10 +122,10 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Three significant digits, without an exponent where that is short."""
+    """Three significant digits; two below a hundredth."""
     if value is None or not math.isfinite(value):
         return ""
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:.{3 if abs(value) >= 0.01 else 2}g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _share(value: float) -> str:

@@ -163,9 +163,8 @@ def test_picture_in_the_answers_must_be_base64(run: Path) -> None:
 def test_damaged_analysis_does_not_fail_analyze(run: Path, digits: Path) -> None:
     change(run / "network.json", layers=3)
 
-    found = answer(
-        "analyze", run, "--sharpness", "--overwrite", "--images", 10, "--data", digits / "few", "--workers", 0
-    )
+    options = ("--images", 10, "--data", digits / "few", "--workers", 0)
+    found = answer("analyze", run, "--sharpness", "--overwrite", *options)
 
     assert not [path for path in found["files"] if path.endswith(".html")]
 
@@ -311,14 +310,9 @@ def test_answers_are_counted(written: RunDirectory) -> None:
 
 
 def test_answers_without_labels(written: RunDirectory) -> None:
-    write_answers(
-        written,
-        split_of(3),
-        torch.zeros(3, dtype=torch.long),
-        torch.tensor([0, 1, 2]),
-        torch.tensor([0, 2, 2]),
-        labelled=False,
-    )
+    labels, before, after = torch.tensor([[0, 0, 0], [0, 1, 2], [0, 2, 2]])
+
+    write_answers(written, split_of(3), labels, before, after, labelled=False)
 
     found = read_answers(written)
     assert (found.changed, found.lost, found.won, found.classes) == (1, None, None, [])
@@ -358,12 +352,8 @@ def test_proof_of_layers_and_ends() -> None:
     found = claims()
 
     assert found["Layer by layer"].startswith("Each of its 3 layers, fed the codes that PyTorch feeds it,")
-    assert "2 of 1,234 codes" in found["Layer by layer"].replace(
-        "2 of 1,234 codes rounded", "2 of 1,234 codes rounded"
-    )
-    assert found["End to end"].startswith(
-        "The best class is that of the model in double precision on 97.50 % of 40 images of 60"
-    )
+    assert found["Layer by layer"].endswith("2 of 1,234 codes rounded the other way.")
+    assert "in double precision on 97.50 % of 40 images of 60." in found["End to end"]
 
 
 def test_proof_of_equal_bits() -> None:

@@ -20,7 +20,7 @@ def make_runs(digits: Path, folder: Path) -> None:
         "data.augmentation=none",
         "--set",
         "search.pareto=3",
-        "--style",
+        "--export",
         STYLES,
     )
     answer("quantize", *options, "--bops", "60M", *training, "--run-dir", folder / "run")

@@ -5,7 +5,7 @@ from pathlib import Path
 from tests.support.command_line import answer
 from tests.support.digits import MODEL, float_options
 
-STYLES = "qdq,exact,trt,qonnx"
+STYLES = ("--style", "qdq", "--style", "exact", "--style", "trt", "--style", "qonnx")
 
 
 def make_runs(digits: Path, folder: Path) -> None:
@@ -20,8 +20,7 @@ def make_runs(digits: Path, folder: Path) -> None:
         "data.augmentation=none",
         "--set",
         "search.pareto=3",
-        "--export",
-        STYLES,
+        *STYLES,
     )
     answer("quantize", *options, "--bops", "60M", *training, "--run-dir", folder / "run")
     measured = (

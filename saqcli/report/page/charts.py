@@ -42,7 +42,7 @@ class LayerBar:
 def policy_picture(layers: Sequence[LayerBar]) -> Markup:
     """Bars of weight bits upwards and of input bits downwards, a column a layer, darker by share of BOPs."""
     count = len(layers)
-    column = 34.0 if count <= 26 else max(14.0, 900.0 / count)
+    column = 38.0 if count <= 22 else max(14.0, 850.0 / count)
     unit, left, middle = 13.0, 46.0, 13.0 * (FLOAT_HEIGHT + 1.2)
     names = [shortened(layer.name, LONGEST) for layer in layers]
     height = 2 * middle + 14 + NAME * max(map(len, names))
@@ -55,7 +55,7 @@ def policy_picture(layers: Sequence[LayerBar]) -> Markup:
             picture.text((left - 8, y + 4), str(bits), "tick", "end")
     picture.text((11, middle - 4.5 * unit), "weights", "name", "middle", -90)
     picture.text((11, middle + 4.5 * unit), "inputs", "name", "middle", -90)
-    wide = min(column - 4, 22.0)
+    wide = min(column - 4, 24.0)
     for index, layer in enumerate(layers):
         x = left + column * index + (column - wide) / 2
         share = "" if layer.share is None else f", {100 * layer.share:.1f} % of the bit-operations"
@@ -124,7 +124,7 @@ def curves(
 def blocks_picture(blocks: Sequence[BlockRow]) -> Markup:
     """The error of every block before reconstruction, and after it."""
     names = [shortened(block.name, LONGEST) for block in blocks]
-    column = 30.0 if len(blocks) <= 24 else max(12.0, 720.0 / len(blocks))
+    column = 36.0 if len(blocks) <= 20 else max(12.0, 720.0 / len(blocks))
     bottom, left = 22 + NAME * max(map(len, names)), 58.0
     width = max(left + column * len(blocks) + 8, 220.0)
     title = "Error of every block before and after reconstruction"

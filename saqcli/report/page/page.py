@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from saqcli._version import __version__
 from saqcli.errors import ConfigError, RunDirectoryError, SaqError
@@ -114,6 +116,7 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
         "bytes": lambda value: "" if value is None else format_quantity(value, "B"),
         "duration": lambda value: "" if value is None else format_duration(value),
         "figure": _figure,
+        "code": _code,
         "sentence": lambda text: f"{text[:1].upper()}{text[1:]}.",
         "literal": lambda text: json.dumps(text, ensure_ascii=False),
         "quoted": shlex.quote,
@@ -126,6 +129,11 @@ def _figure(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return ""
     return f"{value:.{3 if abs(value) >= 0.01 else 2}g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _code(text: str) -> Markup:
+    """Escaped text, with settings between backticks set as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _share(value: float) -> str:

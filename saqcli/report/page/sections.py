@@ -233,6 +233,16 @@ def _facts(run: Contents) -> list[tuple[str, str]]:
             f"learning rate {training.lr:g}",
         )
         found.append(("Training", ", ".join(how)))
+    if manifest.verb == "quantize" and config.reconstruction.enabled:
+        found.append(("Reconstruction", counted(config.reconstruction.iterations, "iteration") + " a block"))
+    bits = config.quantization
+    asked = {
+        "Bits": bits.bits,
+        "Policy": bits.policy,
+        "Budget of BOPs": bits.bops,
+        "Budget of bytes": bits.size,
+    }
+    found += [(name, str(value)) for name, value in asked.items() if value is not None]
     if run.searched is not None:
         found.append(("Searcher", run.searched.searcher))
     weights = config.model.weights or ("published" if config.model.pretrained else "random")

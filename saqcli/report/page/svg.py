@@ -147,7 +147,7 @@ class Picture:
     def markup(self) -> Markup:
         """The element."""
         least = (
-            f' style="min-width:{0.9 * self.width:.0f}px;max-width:{1.5 * self.width:.0f}px"'
+            f' style="min-width:{0.9 * self.width:.0f}px;max-width:{1.3 * self.width:.0f}px"'
             if self._scrolls
             else ""
         )

@@ -241,12 +241,14 @@ class Analysis:
         first: the model.
         second: the model it was compared with.
         files: written or kept files, JSON first.
+        page: that shows the readings of the first model; None if a file that it shows is damaged.
     """
 
     out: Path
     first: Measured
     second: Measured | None
     files: list[Path]
+    page: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in JSON."""
@@ -256,6 +258,7 @@ class Analysis:
             **self.first.to_dict(),
             "against": against,
             "files": [str(path) for path in self.files],
+            "page": self.page and str(self.page),
         }
 
 
@@ -326,9 +329,8 @@ def _measure(request: Request, opened: list[OpenedModel], settings: Settings, pr
             files += draw(name, subjects, request.out, images)
             task.advance()
     page = page_after_analysis(Path(request.source), request.out)
-    if try_page(page, progress):
-        files.append(page / PAGE)
-    return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files)
+    written = page / PAGE if try_page(page, progress) else None
+    return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files, written)
 
 
 def check_request(request: Request) -> None:

@@ -86,6 +86,8 @@ def _search(
         done = distributed.from_first(run.manifest)
         if done.status == "finished":
             check_results(done.results, f"{run_dir}/manifest.json, results")
+            if distributed.first() and not run.page_path.is_file():
+                try_page(run.path, progress)
             return done.results
     prepared = distributed.together(lambda: prepare_search(config, device, progress))
     request = distributed.together(lambda: request_search(config, *prepared, progress))

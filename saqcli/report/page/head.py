@@ -39,7 +39,7 @@ def headline(run: Contents, layers: Sequence[LayerRow]) -> str:
         )
     cost = (
         f"It needs {times(found.float_bops / max(found.bops, 1))} times fewer bit-operations and "
-        f"{times(found.float_size_bytes / max(found.size_bytes, 1))} times less memory."
+        f"{times(found.float_size_bytes / max(found.size_bytes, 1))} times fewer bytes."
     )
     if found.top1 is None:
         agrees = "" if found.agreement is None else f"{found.agreement:.2f} % of "

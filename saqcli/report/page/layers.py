@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from saqcli.analysis.distributions import DistributionsReading, Operand
+from markupsafe import Markup
+
+from saqcli.analysis.distributions import DistributionsReading, LayerDistributions
 from saqcli.analysis.flips import FlipsReading
 from saqcli.analysis.hessian_trace import TraceReading
 from saqcli.analysis.sensitivity import SensitivityReading
@@ -12,6 +13,8 @@ from saqcli.quant.bits import LayerBits, mean_bits
 from saqcli.report.calibrated import OperandFit
 from saqcli.report.page.charts import LayerBar, histogram
 from saqcli.report.page.contents import Contents
+
+MOST_PICTURED = 200  # layers; pictures of more distributions would make the page too large
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class LayerRow:
     sensitivity: float | None = None
     trace: float | None = None
     flips: float | None = None
-    pictures: tuple[Any, Any] | None = None
+    pictures: tuple[Markup, Markup] | None = None
 
 
 def layer_rows(run: Contents) -> tuple[list[LayerRow], list[str]]:
@@ -96,16 +99,21 @@ def layer_rows(run: Contents) -> tuple[list[LayerRow], list[str]]:
                 sensitivity=sensitivity.get(name),
                 trace=traces.get(name),
                 flips=flipped.get(name),
-                pictures=(_spark(one.weights, name, "weights"), _spark(one.inputs, name, "inputs"))
-                if one
-                else None,
+                pictures=_sparks(one) if one and len(policy) <= MOST_PICTURED else None,
             )
         )
     return rows, notes
 
 
-def _spark(operand: Operand | None, name: str, what: str) -> Any:
-    return "" if operand is None else histogram(operand.histogram, f"Distribution of the {what} of {name}")
+def _sparks(layer: LayerDistributions) -> tuple[Markup, Markup]:
+    """Small pictures of both distributions, empty in floating point."""
+    weights, inputs = (
+        Markup("")
+        if operand is None
+        else histogram(operand.histogram, f"Distribution of the {what} of {layer.name}")
+        for what, operand in (("weights", layer.weights), ("inputs", layer.inputs))
+    )
+    return weights, inputs
 
 
 def _sensitivity(run: Contents, reading: object) -> tuple[dict[str, float], str | None]:

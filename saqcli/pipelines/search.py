@@ -40,7 +40,6 @@ from saqcli.report.search_report import check_results, write_search
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same_settings, note_restart, should_resume
 from saqcli.runs.saving import SearchMemory
-from saqcli.serialization import write_text
 
 
 def search(
@@ -171,8 +170,7 @@ def choose_bits(
     network, images = prepared
     policy = given_policy(config.quantization, network)
     if policy is not None:
-        if distributed.first():
-            write_text(run.policy_path, policy.to_json())
+        run.keep_policy(policy.to_json())
         return policy, Budget(), None
     request = distributed.together(lambda: request_search(config, network, images, progress))
     if config.search.proxy is not None:

@@ -145,7 +145,7 @@ def write_search(
         The results with the front and the paths of all files.
     """
     costs, searcher = problem.space.costs, results["searcher"]
-    write_text(run.policy_path, policy.to_json())
+    run.keep_policy(policy.to_json())
     title = f"Bits of {policy.model}, found by searcher {searcher}"
     files = draw_policy(policy, costs, run.path / "policy", title)
     if front is not None:

@@ -320,6 +320,11 @@ class RunDirectory:
         if distributed.first() and self.config() != config:
             write_text(self.path / "config.json", config.to_json())
 
+    def keep_policy(self, policy: str) -> None:
+        """Write ``policy.json``."""
+        if distributed.first():
+            write_text(self.policy_path, policy)
+
     def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
         """Record the fingerprints of the images, and ``more`` manifest fields about them."""
         self._update(images=fingerprints, **more)

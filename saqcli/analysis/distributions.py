@@ -91,14 +91,16 @@ def measure_distributions(
         layers.append(
             LayerDistributions(
                 name=name,
-                weights=_operand(layer.weight_quantizer, layer.effective_weight()),
-                inputs=_operand(layer.input_quantizer, inputs),
+                weights=operand_of(layer.weight_quantizer, layer.effective_weight()),
+                inputs=operand_of(layer.input_quantizer, inputs),
             )
         )
     return DistributionsReading(latent=analyzed.latent, layers=layers)
 
 
-def _operand(quantizer: object, x: Tensor) -> Operand | None:
+@torch.no_grad()
+def operand_of(quantizer: object, x: Tensor) -> Operand | None:
+    """The values ``x``, of any shape, on the grid of ``quantizer``; None if that is no quantizer."""
     if not isinstance(quantizer, Quantizer):
         return None
     quantizer, x = quantizer.fold(x.detach())  # in units of its step

@@ -9,7 +9,6 @@ Each instrument has a JSON file, which records model, images and settings. It is
 finished reading is kept, an unfinished one is continued.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -18,9 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from saqcli._version import __version__
 from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings, measure
@@ -31,7 +28,10 @@ from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_
 from saqcli.pipelines.checks import check_device, check_images
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
+from saqcli.report.analysis_file import AnalysisFile, SubjectMetadata, digest_of
 from saqcli.report.canvas import model_names
+from saqcli.report.page.page import NAME as PAGE
+from saqcli.report.page.page import page_after_analysis, try_page
 from saqcli.report.readings import draw
 from saqcli.runs.interrupts import Stopped, deferred_interrupts, exit_code_of
 from saqcli.runs.locks import Lock
@@ -49,62 +49,6 @@ from saqcli.training.radii import published_radius
 
 AGAINST = "against"  # folder of the second model
 Options = Mapping[str, Mapping[str, Any]]  # settings of an instrument's own, by its name
-
-
-class SubjectMetadata(BaseModel):
-    """The model and the images of an analysis.
-
-    Attributes:
-        target: as given.
-        model: canonical name of the network.
-        sha256: hash of all tensors of the model.
-        latent_weights: whether its latent weights were available.
-        split: split of the data.
-        images: number of images.
-        images_sha256: hash of the images, their labels and batch sizes.
-        seed: random seed of the draw of images.
-        loss: mean cross-entropy on the images.
-        top1: percent.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    target: str
-    model: str
-    sha256: str
-    latent_weights: bool
-    split: Literal["train", "val"]
-    images: int
-    images_sha256: str
-    seed: int
-    loss: float
-    top1: float
-
-
-class AnalysisFile(BaseModel):
-    """``INSTRUMENT.json``: a reading with its model, images and settings.
-
-    Attributes:
-        schema_version: version of the format.
-        saq_version: version of saq that wrote it.
-        instrument: name in ``INSTRUMENTS``.
-        finished: whether the measurement is complete.
-        subject: the model and the images.
-        settings: the settings that the reading depends on.
-        reading: the reading.
-        sha256: hash of the reading, which detects manual changes.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[1] = 1
-    saq_version: str
-    instrument: str
-    finished: bool
-    subject: SubjectMetadata
-    settings: dict[str, Any]
-    reading: dict[str, Any]
-    sha256: str
 
 
 def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectMetadata:
@@ -150,7 +94,7 @@ class AnalysisFolder:
             subject=self.metadata,
             settings=self._depends_on(name),
             reading=tree,
-            sha256=_sha256(tree),
+            sha256=digest_of(tree),
         )
         write_text(self.path_of(name), to_text(json.loads(file.model_dump_json())))
 
@@ -182,7 +126,7 @@ class AnalysisFolder:
                 f"{path} was measured differently ({difference}): use the same model and settings with "
                 "`resume=True`, or `overwrite=True`, or another `out`"
             )
-        if _sha256(file.reading) != file.sha256 or reading.finished != file.finished:
+        if digest_of(file.reading) != file.sha256 or reading.finished != file.finished:
             raise RunDirectoryError(
                 f"{path} was changed after it was written: use `overwrite=True` to measure again"
             )
@@ -210,10 +154,6 @@ def to_text(tree: dict[str, Any]) -> str:
     """JSON with every list of plain values on one line."""
     text = json_text(tree, indent=2)
     return re.sub(r"\[\n[^\[\]{}]*\]", lambda found: _one_line(found[0]), text) + "\n"
-
-
-def _sha256(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json_text(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _one_line(text: str) -> str:
@@ -301,12 +241,14 @@ class Analysis:
         first: the model.
         second: the model it was compared with.
         files: written or kept files, JSON first.
+        page: that shows the readings of the first model; None if a file that it shows is damaged.
     """
 
     out: Path
     first: Measured
     second: Measured | None
     files: list[Path]
+    page: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in JSON."""
@@ -316,6 +258,7 @@ class Analysis:
             **self.first.to_dict(),
             "against": against,
             "files": [str(path) for path in self.files],
+            "page": self.page and str(self.page),
         }
 
 
@@ -385,7 +328,9 @@ def _measure(request: Request, opened: list[OpenedModel], settings: Settings, pr
             subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]
             files += draw(name, subjects, request.out, images)
             task.advance()
-    return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files)
+    page = page_after_analysis(Path(request.source), request.out)
+    written = page / PAGE if try_page(page, progress) else None
+    return Analysis(request.out, measured[0], measured[1] if len(measured) > 1 else None, files, written)
 
 
 def check_request(request: Request) -> None:

@@ -33,9 +33,10 @@ from saqcli.training.preflight import check_trains
 PUBLISHED = "{} (published; downloaded when the run starts, unless cached)"
 WRITTEN = {
     "quantize": """
-        manifest.json config.json policy.json metrics.jsonl report.md checkpoints/last.ckpt artifacts/model.safetensors
+        manifest.json config.json policy.json network.json answers.json metrics.jsonl report.md report.html
+        checkpoints/last.ckpt artifacts/model.safetensors
     """.split(),
-    "search": "manifest.json config.json policy.json search.json policy.png policy.svg".split(),
+    "search": "manifest.json config.json policy.json search.json policy.png policy.svg report.html".split(),
 }
 SEARCHED = ("search.json", "policy.png", "policy.svg")  # also written by a quantization under a budget
 FRONT = ("pareto.json", "pareto.csv", "pareto.png", "pareto.svg")

@@ -232,7 +232,11 @@ def write_files(
         result.artifacts["best"] = str(run.best_path)
     else:
         run.best_path.unlink(missing_ok=True)  # of an earlier attempt with another best epoch
-    result.artifacts |= {"policy": str(run.policy_path), "report": str(run.report_path)}
+    result.artifacts |= {
+        "policy": str(run.policy_path),
+        "report": str(run.report_path),
+        "page": str(run.page_path),
+    }
 
 
 def onnx_names(styles: Sequence[str]) -> dict[str, str]:

@@ -46,6 +46,8 @@ from saqcli.pipelines.stages import (
 )
 from saqcli.process_group import process_group
 from saqcli.progress import SILENT, Progress
+from saqcli.report.calibrated import write_network
+from saqcli.report.page.page import try_page
 from saqcli.report.run_report import NOUNS, QuantizeResult, write_report
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same_settings, note_restart, resuming, should_resume
@@ -149,11 +151,16 @@ def quantize(
                 progress.note(result.advice)
             log_stage(run, "quantized", measured, **result.best_figures())
             result.seconds = distributed.from_first(run.manifest).seconds
+            if scorer.classes is None:  # resumed after the last stage
+                scorer.of(model, result.stages[-1]["stage"] if result.stages else "calibrated")
             if distributed.first():
+                scorer.keep_answers(run)
                 write_files(model, metadata, config, run, result, progress, best_state, own)
                 write_report(run.report_path, config, result.to_dict(run.path))
                 run.finish(result.to_dict(run.path))
-            return result
+        if distributed.first():
+            try_page(run.path, progress)
+        return result
 
 
 def prepare(config: RunConfig, device: torch.device, progress: Progress) -> Prepared:
@@ -186,6 +193,9 @@ def start_run(
         fitted = balanced(config, network, policy, statistics, images, progress)
         kept = tensors_before(config, network.model)
         model = install_quantizers(config, network, policy, fitted, images, progress)
+        if distributed.first():
+            preprocessing, classes = network.loaded.preprocessing, network.loaded.num_classes
+            write_network(run, network, preprocessing, classes, policy, fitted)
     measured = scorer.of(model, "calibrated")
     calibrated = measured.score
     result = QuantizeResult(

@@ -34,12 +34,12 @@ from saqcli.progress import SILENT, Progress
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
 from saqcli.quant.cost import Budget
+from saqcli.report.page.page import try_page
 from saqcli.report.pareto import front_of
 from saqcli.report.search_report import check_results, write_search
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same_settings, note_restart, should_resume
 from saqcli.runs.saving import SearchMemory
-from saqcli.serialization import write_text
 
 
 def search(
@@ -85,6 +85,8 @@ def _search(
         done = distributed.from_first(run.manifest)
         if done.status == "finished":
             check_results(done.results, f"{run_dir}/manifest.json, results")
+            if distributed.first() and not run.page_path.is_file():
+                try_page(run.path, progress)
             return done.results
     prepared = distributed.together(lambda: prepare_search(config, device, progress))
     request = distributed.together(lambda: request_search(config, *prepared, progress))
@@ -100,6 +102,8 @@ def _search(
         results = save_search(found, config, run)
         run.finish(results)
         run.end_search()
+    if distributed.first():
+        try_page(run.path, progress)
     return results
 
 
@@ -168,8 +172,7 @@ def choose_bits(
     network, images = prepared
     policy = given_policy(config.quantization, network)
     if policy is not None:
-        if distributed.first():
-            write_text(run.policy_path, policy.to_json())
+        run.keep_policy(policy.to_json())
         return policy, Budget(), None
     request = distributed.together(lambda: request_search(config, network, images, progress))
     if config.search.proxy is not None:

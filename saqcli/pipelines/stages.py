@@ -26,6 +26,7 @@ from saqcli.quant.calls import Call
 from saqcli.reconstruction.compensation import Compensation, compensate
 from saqcli.reconstruction.options import Reconstruction
 from saqcli.reconstruction.reconstruct import reconstruct, without_quantizers
+from saqcli.report.answers import write_answers
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.saving import SearchMemory
@@ -59,6 +60,8 @@ class Scorer:
         name: of the network, for messages.
         progress: reports every batch.
         float_classes: best class of the float network for every readable image, in order, (N,); None if unknown.
+        classes: the same of the model that was scored last; None before that.
+        labels: of all images, in the same order; those of unreadable ones are below 0; None before that.
     """
 
     images: Images
@@ -66,6 +69,8 @@ class Scorer:
     name: str
     progress: Progress
     float_classes: Tensor | None = None
+    classes: Tensor | None = None
+    labels: Tensor | None = None
 
     def of_float(self, model: nn.Module) -> Score:
         """The score of the float network, whose best classes are kept if images come in the same order again."""
@@ -83,14 +88,27 @@ class Scorer:
             title: of the task; None names the stage.
         """
         found, classes = self._score(model, title or f"evaluating {stage}", f"{self.name}, {stage},")
+        self.classes = classes
         if self.float_classes is None or len(classes) != len(self.float_classes):
             return Measured(found, None)
         same = int((classes == self.float_classes).sum())
         return Measured(found, 100 * same / len(classes))
 
+    def keep_answers(self, run: RunDirectory) -> None:
+        """Write the answers of the model that was scored last beside those of the float network; none if unknown."""
+        if self.float_classes is not None and self.classes is not None and self.labels is not None:
+            answers = self.labels, self.float_classes, self.classes
+            write_answers(run, self.images.val, *answers, labelled=self.images.labelled)
+
     def _score(self, model: nn.Module, title: str, name: str) -> tuple[Score, Tensor]:
         classes: list[Tensor] = []
-        found = score(model, self.images.validation(), title, self.device, self.progress, name, keep=classes)
+        labels: list[Tensor] = []
+        found = score(
+            *(model, self.images.validation(), title, self.device, self.progress, name),
+            keep=classes,
+            keep_labels=labels,
+        )
+        self.labels = torch.cat(labels)
         if not self.images.labelled:
             found = replace(found, loss=math.nan, top1=math.nan, top5=math.nan)
         return found, torch.cat(classes).to(torch.int32)

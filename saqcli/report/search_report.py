@@ -145,13 +145,14 @@ def write_search(
         The results with the front and the paths of all files.
     """
     costs, searcher = problem.space.costs, results["searcher"]
-    write_text(run.policy_path, policy.to_json())
+    run.keep_policy(policy.to_json())
     title = f"Bits of {policy.model}, found by searcher {searcher}"
     files = draw_policy(policy, costs, run.path / "policy", title)
     if front is not None:
         files += write_front(front, run.path) + draw_front(front, run.path / "pareto")
     results["front"] = None if front is None else to_table(front)
     artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
+    artifacts |= {"page": str(run.page_path)} if run.verb == "search" else {}
     scores = write_scores(run, searcher, problem.space, found)
     artifacts |= {} if scores is None else {"scores": scores}
     results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}

@@ -12,7 +12,10 @@ checkpoints/      last.ckpt: model, optimizer, random state, position in the epo
                   best.safetensors: the best state, if it was clearly better than the exported one
 cache/            decoded images with ``data.cache=disk``; may be removed at any time
 artifacts/        model.safetensors, model.onnx, model-STYLE.onnx of further styles, their verdicts
+network.json      the layers as calibrated: costs, and how well their grids fit
+answers.json      answers of the quantized network beside those of the float one: by class, and images that changed
 report.md         summary of the results
+report.html       the same as a page with pictures, made from the other files
 trackers.json     the runs of trackers that follow this run; tensorboard/: what TensorBoard reads
 .lock             the process that is using the directory
 """
@@ -84,6 +87,7 @@ class Metrics:
 Stage = Literal["proxy", "search", "accuracy", "reconstruction"]
 _FILES = [  # other than manifest.json
     *("config.json", "policy.json", "metrics.jsonl", "report.md", "search.json", "scores.json"),
+    *("network.json", "answers.json", "report.html"),
     *("policy.png", "policy.svg", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg"),
     "trackers.json",
 ]
@@ -105,6 +109,9 @@ class RunDirectory:
         self.best_path = path / "checkpoints" / "best.safetensors"
         self.onnx_path = path / "artifacts" / "model.onnx"
         self.report_path = path / "report.md"
+        self.page_path = path / "report.html"
+        self.network_path = path / "network.json"
+        self.answers_path = path / "answers.json"
         self.search_path = path / "search.json"
         self.metrics_path = path / "metrics.jsonl"
         self._metrics = Metrics(self.metrics_path)
@@ -317,6 +324,11 @@ class RunDirectory:
         """Update ``config.json`` of a resumed run, which may change a few (see ``resume``)."""
         if distributed.first() and self.config() != config:
             write_text(self.path / "config.json", config.to_json())
+
+    def keep_policy(self, policy: str) -> None:
+        """Write ``policy.json``."""
+        if distributed.first():
+            write_text(self.policy_path, policy)
 
     def note_images(self, fingerprints: dict[str, str], **more: str) -> None:
         """Record the fingerprints of the images, and ``more`` manifest fields about them."""

@@ -27,6 +27,7 @@ def evaluate(
     *,
     device: torch.device,
     keep: list[Tensor] | None = None,
+    keep_labels: list[Tensor] | None = None,
     shared: bool = False,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     model: nn.Module | None = None,
@@ -39,6 +40,7 @@ def evaluate(
         task: reports every batch.
         device: of the images that ``predict`` gets.
         keep: filled with the best class of every counted image, in order; with ``shared``, those of all ranks.
+        keep_labels: filled with the label of every image, counted or not, in the same order.
         shared: all ranks call this, and each looks at its part of the batches. Every rank gets the score of all, bit
             for bit what one process would find (of shards but for the order in which losses are added).
         criterion: mean loss of logits and labels on ``device``; None for cross-entropy.
@@ -64,13 +66,16 @@ def evaluate(
             so_far.add(meters[-1])
             if keep is not None:
                 keep.append(best_class(logits[labels >= 0]))
+            if keep_labels is not None:
+                keep_labels.append(labels)
             task.advance(images=len(labels), top1=100 * so_far.right1 / max(so_far.images, 1))
     if shared and distributed.count() > 1:
         so_far = Meter()
         for counts in distributed.interleaved(distributed.gathered([vars(meter) for meter in meters])):
             so_far.add(Meter(**counts))
-        if keep is not None:
-            keep[:] = distributed.interleaved(distributed.gathered(keep))
+        for kept in (keep, keep_labels):
+            if kept is not None:
+                kept[:] = distributed.interleaved(distributed.gathered(kept))
     if not so_far.images:
         raise DataError("no image could be read: there is nothing to evaluate")
     return so_far.score()
@@ -84,6 +89,7 @@ def score(
     progress: Progress,
     name: str = "the model",
     keep: list[Tensor] | None = None,
+    keep_labels: list[Tensor] | None = None,
 ) -> Score:
     """Accuracy and loss of ``predict``, by all ranks together; as ``evaluate``.
 
@@ -95,6 +101,7 @@ def score(
         progress: reports every batch.
         name: of the model, for messages.
         keep: as for ``evaluate``.
+        keep_labels: as for ``evaluate``.
 
     Raises:
         UnsupportedModel: the loss is NaN or infinite.
@@ -102,7 +109,9 @@ def score(
     if isinstance(predict, nn.Module):
         predict.eval()
     with progress.task(title, len(loader) // distributed.count()) as task:
-        found = evaluate(predict, loader, task, device=device, keep=keep, shared=True)
+        found = evaluate(
+            predict, loader, task, device=device, keep=keep, keep_labels=keep_labels, shared=True
+        )
     check_score(found.loss, found.images, name)
     return found
 

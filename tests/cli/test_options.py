@@ -74,6 +74,7 @@ ACCEPTED = {
     "analyze": f"--builder {IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
     "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
     "--rho-unit --samples --seed --sensitivity --set --sharpness --span --split --starts --trace",
+    "report": "--json --verbose --out",
     "models": "--json --verbose",
     "targets": "--json --verbose",
     "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed --track",

@@ -45,6 +45,8 @@ def show_analysis(result: dict[str, Any]) -> None:
     counts = Counter(Path(path).suffix for path in result["files"])
     plots = f" and {counted(counts['.png'], 'plot')} (PNG, SVG)" if counts[".png"] else ""
     print_text(console, f"wrote {counted(counts['.json'], 'reading')} (JSON){plots} to {result['out']}")
+    if result["page"]:
+        print_text(console, f"wrote {result['page']}")
 
 
 def _rows(model: dict[str, Any], split: str) -> dict[str, str]:

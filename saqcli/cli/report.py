@@ -1,0 +1,42 @@
+"""``saq report``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saqcli.cli import options as o
+from saqcli.cli.console import print_json, reporting
+from saqcli.cli.help import FILES
+
+
+@reporting
+def report_command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Finished runs of quantize or search, or a folder of analyze"),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="The page [default: RUN/report.html, or comparison.html for several]",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    json_output: o.Json = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Make a page of a run, or one that compares several: a single HTML file that loads nothing.
+
+    The page is made from the files of the run, which are not changed.
+
+    Example: `saq report runs/resnet18-34g runs/resnet18-w4a4 --out both.html`
+    """
+    from saqcli.report.page.page import write_page
+
+    path = write_page([run.expanduser() for run in runs], out and out.expanduser())
+    if json_output:
+        print_json({"page": str(path), "runs": [str(run) for run in runs]})
+    else:
+        typer.echo(f"wrote {path}")

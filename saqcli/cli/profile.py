@@ -112,7 +112,7 @@ def profile_command(
         if json_output:
             print_json(latency.to_dict() | {"out": None if out is None else str(out)})
             return
-        from saqcli.cli.latency import show_latency
+        from saqcli.cli.screens.latency import show_latency
 
         show_latency(latency.to_dict(), out)
         return

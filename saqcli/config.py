@@ -863,16 +863,17 @@ def resolve_into(
     file: Path | None,
     assignments: Mapping[str, str] | None,
     options: Mapping[str, Any] | None,
+    images: str | None = None,
 ) -> RunConfig | None:
     """As ``resolve``, with what is wrong added to ``problems``; made of the rest, None where there is none.
 
-    A model that was not named has an empty name.
+    A model that was not named has an empty name. ``images`` are the ``data.path`` where nothing else says it.
     """
     given, where = (problems.attempt(_read, file), f" in {file}") if file else ({}, "")
     if given is None:  # nothing can be said of the rest
         return None
     name = recipe or str(given.get("recipe") or DEFAULT_RECIPE)
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = {"data": {"path": images}} if images else {}
     base = problems.attempt(read_recipe, name, "" if recipe else where)
     name = name if base is not None else DEFAULT_RECIPE
     _merge(tree, read_recipe(name) if base is None else base)

@@ -148,9 +148,10 @@ class Given(dict[str, Any]):
         """The ``quantization`` section; errors are added to ``problems``."""
         return self._section(QuantizationSection, "quantization", {})
 
-    def data(self) -> DataSection:
-        """The ``data`` section; errors are added to ``problems``."""
-        return self._section(DataSection, "data", {"path": self.get("data.path")})
+    def data(self, base: DataSection | None = None) -> DataSection:
+        """The ``data`` section, with what is not given from ``base``; errors are added to ``problems``."""
+        kept = {"path": self.get("data.path")} if base is None else base.model_dump()
+        return self._section(DataSection, "data", kept)
 
     def _section(self, schema: type[Section], section: str, kept: dict[str, Any]) -> Section:
         settings = kept | {

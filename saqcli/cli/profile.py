@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli import run_options as r
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import ConfigError
 
@@ -31,13 +32,13 @@ MEASURE = "Latency on this machine"
 def profile_command(
     given: o.Given,
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SOURCE",
             help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, whose bits are "
-            "known",
+            f"known; {r.LEFT_OUT}",
         ),
-    ],
+    ] = None,
     builder: o.Builder = None,
     measure: Annotated[
         bool,
@@ -98,6 +99,12 @@ def profile_command(
     """
     from saqcli.pipelines.profile import check_profile, profile, profile_latency
 
+    if source is None and (named := sorted(path for path in given if path.startswith("quantization."))):
+        flags = ", ".join(str(o.flag_of(path)) for path in named)
+        raise ConfigError(
+            f"{flags}: no model was named, and a run has its own bits: give the model as SOURCE"
+        )
+    source = r.chosen_run(source, "bits", models=True, json_output=json_output, quiet=quiet)
     settings = given.problems.attempt(_latency_settings, measure, out, widths, style, threads, repeats)
 
     section, quantization = given.model(source), given.quantization()

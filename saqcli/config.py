@@ -291,8 +291,8 @@ class QuantizationSection(_Section):
     bops: Annotated[
         Text | None,
         Option(
-            "Budget of bit-operations for one image: `34G`, `500M`, or `w4a4` for the cost of 4 bits everywhere; with "
-            "`quantization.cost` in its unit: `1.8ms`",
+            "Budget of bit-operations for one image: `34G`, `5e8`, `w4a4` for the cost of 4 bits everywhere, or `50%` "
+            "of that of 8 bits everywhere; with `quantization.cost` in its unit: `1.8ms`",
             "BUDGET",
             names=("bops", "budget"),
         ),
@@ -300,8 +300,8 @@ class QuantizationSection(_Section):
     size: Annotated[
         Text | None,
         Option(
-            "Budget of bytes: `5MB`, `4MiB`, or `w4a4` for that of 4 bits everywhere; alone or together with "
-            "`quantization.bops`",
+            "Budget of bytes: `5MB`, `4MiB`, `w4a4` for that of 4 bits everywhere, or `50%` of that of 8 bits; alone "
+            "or together with `quantization.bops`",
             "BUDGET",
         ),
     ] = None

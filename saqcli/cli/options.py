@@ -402,8 +402,8 @@ SETTINGS = {setting.path: setting for setting in _settings()}
 
 
 def folder_of_bits(bits: str) -> str:
-    """Bits or a budget as part of a folder name: ``w4a4`` for ``4``."""
-    bits = "".join(bits.split()).lower()
+    """Bits or a budget as part of a folder name: ``w4a4`` for ``4``, ``50pct`` for ``50%``."""
+    bits = "".join(bits.split()).lower().replace("%", "pct")
     return f"w{bits}a{bits}" if bits.isdigit() else bits
 
 

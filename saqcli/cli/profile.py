@@ -20,6 +20,7 @@ MEASURE = "Latency on this machine"
 @reporting
 @o.with_settings(
     *("quantization.bits", "quantization.policy", "quantization.candidates", "quantization.target"),
+    *("quantization.bops", "quantization.size"),
     "quantization.quantize_attention",
     *("model.weights", "model.weights_key"),
     o.adapted(
@@ -89,9 +90,12 @@ def profile_command(
 ) -> None:
     """Compute MACs, bit-operations and size of a network at given bits or of a run, and the reachable budgets.
 
-    No data is needed. `--measure` gives milliseconds of each layer instead, a budget of `saq search`.
+    No data is needed. Under a budget, the bits are the most uniform ones within it. `--measure` gives milliseconds of
+    each layer instead, a budget of `saq search`.
 
     Example: `saq profile resnet18 --bits 4`
+
+    Example: `saq profile resnet18 --bops 50%`
 
     Example: `saq profile runs/resnet18-34g`
 

@@ -182,16 +182,11 @@ def _config_of(verb: str, run_dir: Path) -> Path | None:
 
 def default_run_dir(config: RunConfig, *more: str) -> Path:
     """``runs/resnet18-w4a4``: the network's name, its bits or budget, and ``more``."""
-    wanted, name = config.quantization, config.model.name.split("/")[-1]
-    policy = Path(wanted.policy or "float").name.removesuffix(".json")
-    given = [wanted.bops or wanted.size]
-    given += [
-        f"{name}{value:g}"
-        for name, value in (("drop", wanted.max_drop), ("top", wanted.min_top1))
-        if value is not None
-    ]
-    bits = "-".join(filter(None, given)) or wanted.bits or policy
-    return Path("runs") / "-".join((folder_of_model(name), folder_of_bits(bits), *more))
+    from saqcli.runs.listing import FOLDER
+    from saqcli.runs.summary import asked_bits
+
+    name, bits = config.model.name.split("/")[-1], asked_bits(config.quantization)
+    return FOLDER / "-".join((folder_of_model(name), folder_of_bits(bits), *more))
 
 
 def check_accuracy(result: dict[str, Any]) -> None:

@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from saqcli.errors import RunDirectoryError, SaqError
-from saqcli.runs.directory import RunDirectory
 
 FOLDER = Path("runs")  # where runs go by default
 LATEST = "latest"
 DEPTH = 2  # levels that are looked through: ``runs/demo/quantized`` is the run of ``saq demo``
 
-Holding = Literal["a model", "bits", "a finished run"]  # what a command needs of a run
-_HOLDS: dict[Holding, Callable[[RunDirectory], bool]] = {
-    "a model": lambda run: run.verb == "quantize" and run.safetensors_path.is_file(),
-    "bits": lambda run: run.policy_path.is_file(),
-    "a finished run": lambda run: run.manifest().status == "finished",
-}
+Holding = Literal["a model", "bits", "a finished run", "any"]  # what a command needs of a run
 
 
 class Taken(NamedTuple):
@@ -87,11 +81,13 @@ def _latest(needs: Holding, folder: Path) -> Taken:
     for place, path in enumerate(there):
         if _holds(path, needs):
             newer = f", since {there[0]} is newer and holds none" if place and needs == "a model" else ""
-            what = "run" if needs == "a finished run" else f"run with {needs}"
+            what = "run" if needs in ("a finished run", "any") else f"run with {needs}"
             return Taken(str(path), f"using {path}, the latest {what}{newer}")
     if not there:
         missing = f"there is no run in {folder}{os.sep}"
     else:
+        from saqcli.runs.directory import RunDirectory
+
         state = ""
         with suppress(SaqError):
             run = RunDirectory.open(there[0])
@@ -102,7 +98,14 @@ def _latest(needs: Holding, folder: Path) -> Taken:
 
 
 def _holds(path: Path, needs: Holding) -> bool:
+    from saqcli.runs.directory import RunDirectory  # here, since it needs torch, and completion lists runs
+
     try:
-        return _HOLDS[needs](RunDirectory.open(path))
+        run = RunDirectory.open(path)
+        if needs == "a model":
+            return run.verb == "quantize" and run.safetensors_path.is_file()
+        if needs == "bits":
+            return run.policy_path.is_file()
+        return needs == "any" or run.manifest().status == "finished"
     except SaqError:
         return False

@@ -1,43 +1,21 @@
 """Runs that are not named: the latest one, a folder's only one; and the images that a run brings."""
 
-import os
 from pathlib import Path
 
 import pytest
 
-from saqcli.config import RunConfig, resolve
 from saqcli.errors import DataError, RunDirectoryError
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.images import data_of_run
 from saqcli.runs.listing import runs_in, take_run
 from tests.support.command_line import last_error, saq
+from tests.support.runs import make_run
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def make_run(
-    where: str, *, age: int, model: bool = True, finished: bool = True, verb: str = "quantize", **data: str
-) -> Path:
-    """A run that was last written to ``age`` minutes ago."""
-    config: RunConfig = resolve(
-        options={"model.name": "resnet18", "quantization.bits": "4"}
-        | {f"data.{key}": value for key, value in data.items()}
-    )
-    run = RunDirectory.start(Path(where), config, resume=False, overwrite=False, verb=verb)
-    with run.recorded():
-        if model:
-            run.safetensors_path.parent.mkdir(exist_ok=True)
-            run.safetensors_path.write_bytes(b"")
-        if finished:
-            run.finish({})
-    manifest = run.path / "manifest.json"
-    then = manifest.stat().st_mtime - 60 * age
-    os.utime(manifest, (then, then))
-    return run.path
 
 
 class TestTaken:

@@ -12,6 +12,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run, complete_source
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.cli.help import FILES, INSTRUMENTS, MEASURING
 from saqcli.errors import ConfigError
@@ -100,13 +101,18 @@ def analyze_command(
         str | None,
         typer.Argument(
             metavar="SOURCE",
+            autocompletion=complete_source,
             help="A run directory, a .safetensors file, or a model name with --bits or --policy; "
             f"{r.LEFT_OUT}",
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Second run directory or .safetensors file, to compare with"),
+        typer.Option(
+            metavar="SOURCE",
+            help="Second run directory or .safetensors file, to compare with",
+            autocompletion=complete_run,
+        ),
     ] = None,
     everything: Annotated[
         bool,
@@ -126,7 +132,13 @@ def analyze_command(
         ),
     ] = 500,
     split: Annotated[
-        str, typer.Option(metavar="train|val", help="Split that they come from", rich_help_panel=DATA)
+        str,
+        typer.Option(
+            metavar="train|val",
+            help="Split that they come from",
+            rich_help_panel=DATA,
+            autocompletion=lambda: ["train", "val"],
+        ),
     ] = "train",
     starts: Annotated[
         int | None,

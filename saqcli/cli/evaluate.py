@@ -6,6 +6,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_source
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.cli.help import SPEED
 from saqcli.errors import ConfigError
@@ -22,6 +23,7 @@ def eval_command(
         str | None,
         typer.Argument(
             metavar="SOURCE",
+            autocompletion=complete_source,
             help=f"A model name, a run directory, a .safetensors or an .onnx file; {r.LEFT_OUT}",
         ),
     ] = None,

@@ -7,6 +7,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run
 from saqcli.cli.console import print_json, progress_for, reporting
 
 STYLES = o.SETTINGS["export.styles"].choices
@@ -26,7 +27,11 @@ def export_command(
     given: o.Given,
     run: Annotated[
         str | None,
-        typer.Argument(metavar="RUN", help=f"A run directory, or a model.safetensors; {r.LEFT_OUT}"),
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_run,
+            help=f"A run directory, or a model.safetensors; {r.LEFT_OUT}",
+        ),
     ] = None,
     onnx: Annotated[
         Path | None,

@@ -8,6 +8,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_source
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import ConfigError
 
@@ -36,6 +37,7 @@ def profile_command(
         str | None,
         typer.Argument(
             metavar="SOURCE",
+            autocompletion=complete_source,
             help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, whose bits are "
             f"known; {r.LEFT_OUT}",
         ),

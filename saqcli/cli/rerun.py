@@ -7,6 +7,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import NotReproduced
 from saqcli.option import RUN
@@ -28,7 +29,11 @@ def rerun_command(
     given: o.Given,
     run: Annotated[
         str | None,
-        typer.Argument(metavar="RUN", help=f"A finished run of quantize or search; {r.LEFT_OUT}"),
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_run,
+            help=f"A finished run of quantize or search; {r.LEFT_OUT}",
+        ),
     ] = None,
     run_dir: Annotated[
         Path | None,

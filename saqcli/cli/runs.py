@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli.completion import complete_run
 from saqcli.cli.console import print_json, reporting
 from saqcli.errors import ConfigError
 
@@ -27,6 +28,7 @@ def runs_command(
         list[str] | None,
         typer.Argument(
             metavar="RUN...",
+            autocompletion=complete_run,
             help="Run directories, or `latest`; for list, folders of runs [default: runs/]",
         ),
     ] = None,

@@ -24,7 +24,6 @@ from saqcli.progress import Progress
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.serialization import make_folder
-from saqcli.training.loop import Batches
 from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified
 from saqcli.verify.shared import SharedProof
@@ -111,7 +110,7 @@ def export(
 
 def _images(
     data: DataSection, metadata: ModelMetadata, source: Path, run: RunDirectory | None, progress: Progress
-) -> tuple[Batches, int, dict[str, Any]]:
+) -> tuple[Any, int, dict[str, Any]]:
     """Batches to verify on, their number, and where they come from, as ``export_verified`` takes it."""
     preprocessing, limit = Preprocessing.from_dict(metadata.preprocessing), verify_limit(data.verify_images)
     cpu = torch.device("cpu")

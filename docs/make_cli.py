@@ -33,9 +33,10 @@ Results are printed on stdout, progress on stderr. With `--json`, stdout holds o
 | 4 | no bit configuration meets the budget; the message names the reachable range |
 | 129, 130, 143 | interrupted by SIGHUP (a closed terminal), Ctrl-C or SIGTERM; the last line says how to resume |
 
-A budget needs a unit: `34G`, `674.6M` or `500 KBOPs` of bit-operations; `5MB` or `4MiB` of bytes (`--size`); or `w4a4`
-for the cost of 4 bits in every layer that is not pinned. All missing and invalid options are reported in one message,
-before anything is downloaded or loaded; existing run directories, weights and images are checked after that.
+A budget needs a unit or an exponent: `34G`, `674.6M`, `500 KBOPs` or `5e8` of bit-operations; `5MB` or `4MiB` of bytes
+(`--size`); `w4a4` for the cost of 4 bits in every layer that is not pinned; or `50%` of the cost of 8 bits in every
+layer, rounded down. All missing and invalid options are reported in one message, before anything is downloaded or
+loaded; existing run directories, weights and images are checked after that.
 
 Options override the recipe, `--config` and `--set`. Defaults are those of recipe `quick`.
 """

@@ -292,8 +292,8 @@ class QuantizationSection(_Section):
     bops: Annotated[
         Text | None,
         Option(
-            "Budget of bit-operations for one image: `34G`, `500M`, or `w4a4` for the cost of 4 bits everywhere; with "
-            "`quantization.cost` in its unit: `1.8ms`",
+            "Budget of bit-operations for one image: `34G`, `5e8`, `w4a4` for the cost of 4 bits everywhere, or `50%` "
+            "of that of 8 bits everywhere; with `quantization.cost` in its unit: `1.8ms`",
             "BUDGET",
             names=("bops", "budget"),
         ),
@@ -301,8 +301,8 @@ class QuantizationSection(_Section):
     size: Annotated[
         Text | None,
         Option(
-            "Budget of bytes: `5MB`, `4MiB`, or `w4a4` for that of 4 bits everywhere; alone or together with "
-            "`quantization.bops`",
+            "Budget of bytes: `5MB`, `4MiB`, `w4a4` for that of 4 bits everywhere, or `50%` of that of 8 bits; alone "
+            "or together with `quantization.bops`",
             "BUDGET",
         ),
     ] = None
@@ -904,16 +904,17 @@ def resolve_into(
     file: Path | None,
     assignments: Mapping[str, str] | None,
     options: Mapping[str, Any] | None,
+    images: str | None = None,
 ) -> RunConfig | None:
     """As ``resolve``, with what is wrong added to ``problems``; made of the rest, None where there is none.
 
-    A model that was not named has an empty name.
+    A model that was not named has an empty name. ``images`` are the ``data.path`` where nothing else says it.
     """
     given, where = (problems.attempt(_read, file), f" in {file}") if file else ({}, "")
     if given is None:  # nothing can be said of the rest
         return None
     name = recipe or str(given.get("recipe") or DEFAULT_RECIPE)
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = {"data": {"path": images}} if images else {}
     base = problems.attempt(read_recipe, name, "" if recipe else where)
     name = name if base is not None else DEFAULT_RECIPE
     _merge(tree, read_recipe(name) if base is None else base)

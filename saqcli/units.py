@@ -1,7 +1,8 @@
 """Quantities with units, parsed and formatted: ``34G`` bit-operations, ``6MB``, ``5 MiB``, ``1 image``.
 
-A number without a unit is an error if the unit is ambiguous: a budget of 34 could mean 34 or 34 billion. A unit of
-another quantity is an error too; the message names the setting that takes it.
+A number without a unit is an error if the unit is ambiguous: a budget of 34 could mean 34 or 34 billion, but 34e9 is
+what it says. A percentage is a share of the cost of 8 bits in every layer. A unit of another quantity is an error too;
+the message names the setting that takes it.
 """
 
 import math
@@ -25,7 +26,8 @@ _ALL_PREFIXES = (
     "p",
     "e",
 )  # with those of units that no setting takes
-_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([^\d\s.,][^\d]*?)?\s*")
+_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([^\d\s.,][^\d]*?)?\s*")
+_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 
 
 class _Unit(NamedTuple):
@@ -65,11 +67,16 @@ _UNITS = {
         ("params", "param", "parameters", "weights"),
         "use `quantization.size=5MB` in bytes",
     ),
-    "share": _Unit("a ratio", ("%", "percent", "x"), "give w4a4 for the cost of uniform 4 bits"),
+    "share": _Unit(
+        "a ratio",
+        ("%", "percent", "x"),
+        "give w4a4 for the cost of uniform 4 bits, or 50% of that of uniform 8 bits",
+    ),
 }
 _KINDS = {word: kind for kind, unit in _UNITS.items() for word in unit.words}
-_EXAMPLES = {"bops": "34G, 674.6M or 500K", "size": "5MB, 900KB or 4MiB"}
+_EXAMPLES = {"bops": "34G, 674.6M or 5e8", "size": "5MB, 900KB or 4MiB"}
 _COSTS = {"bops": "what uniform 4 bits cost", "size": "the size at uniform 4 bits"}
+_UNIFORM = {"bops": "what uniform 8 bits cost", "size": "the size at uniform 8 bits"}
 _NAMES = {"bops": "budget", "size": "size"}
 SETTINGS = {"bops": "quantization.bops", "size": "quantization.size"}
 
@@ -86,7 +93,7 @@ def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
     """Parse ``text`` as a number of bit-operations or bytes.
 
     Decimal prefixes K, M, G, T with or without the unit; bytes also as KiB, MiB, GiB, TiB, or without a prefix.
-    Case is ignored, and a space may precede the unit.
+    Case is ignored, and a space may precede the unit. A number with an exponent needs no unit.
 
     Raises:
         ConfigError: no number, zero, no unit, or the unit of another quantity.
@@ -94,25 +101,46 @@ def parse_quantity(text: str, quantity: Quantity = "bops") -> int:
     Example:
         >>> parse_quantity("674.6M")
         674600000
+        >>> parse_quantity("5e8")
+        500000000
         >>> parse_quantity("4 MiB", "size")
         4194304
     """
     match = _NUMBER.fullmatch(text)
     prefix, kind = _split(match[2] or "", quantity) if match else ("", None)
+    if match and not match[2] and "e" in match[1].lower():
+        kind = quantity
     if match and kind is not None and kind != quantity:
         raise ConfigError(_meant(text, f"{match[1]}{prefix[:1].upper()}", kind, quantity))
     if match is None or kind is None or prefix not in (_FACTORS if quantity == "size" else _PREFIXES):
         missing = "add a unit" if match and not match[2] else "give a number with a unit"
         raise ConfigError(
             f"`{SETTINGS[quantity]}`: {text!r} is not a {_NAMES[quantity]}: {missing}, such as {_EXAMPLES[quantity]}, "
-            f"or w4a4 for {_COSTS[quantity]}"
+            f"w4a4 for {_COSTS[quantity]}, or 50% of {_UNIFORM[quantity]}"
         )
-    whole, _, fraction = match[1].partition(".")
-    scale: int = 10 ** len(fraction)
-    value, remainder = divmod(int(whole + fraction) * _FACTORS[prefix], scale)
-    if value == 0:
+    exact = Fraction(match[1]) * _FACTORS[prefix]
+    if exact < 1:
         raise ConfigError(f"`{SETTINGS[quantity]}`: {text!r} is zero: give a {_NAMES[quantity]} above zero")
-    return value + (1 if 2 * remainder >= scale else 0)
+    return math.floor(exact + Fraction(1, 2))
+
+
+def parse_share(text: str, quantity: Quantity = "bops") -> Fraction | None:
+    """``50%`` as a share of what 8 bits in every layer cost; None if ``text`` is no percentage.
+
+    Raises:
+        ConfigError: it is zero, or above 100 %.
+
+    Example:
+        >>> parse_share("50%"), parse_share("12.5 %"), parse_share("34G")
+        (Fraction(1, 2), Fraction(1, 8), None)
+    """
+    match = _PERCENT.fullmatch(text)
+    share = Fraction(match[1]) / 100 if match else None
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(
+            f"`{SETTINGS[quantity]}`: {text!r} is a share of {_UNIFORM[quantity]}: give more than 0% and at most 100%"
+        )
+    return share
 
 
 def _split(unit: str, quantity: Quantity) -> tuple[str, str | None]:
@@ -193,7 +221,7 @@ def parse_cost(text: str, unit: str) -> int:
         >>> parse_cost("1.8ms", "ps"), parse_cost("20M", "cycles")
         (1800000000, 20000000)
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(\D*?)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)\s*(\D*?)\s*", text)
     given = (match[2] if match else "").replace("\u00b5", "u").replace("\u03bc", "u")
     fine, factor = fine_unit(given)
     if unit not in FINE_UNITS:
@@ -204,7 +232,7 @@ def parse_cost(text: str, unit: str) -> int:
         examples = {"ps": "1.8ms or 900us", "pJ": "3.2mJ or 800uJ"}.get(unit, f"20M{unit}")
         raise ConfigError(
             f"`{SETTINGS['bops']}`: {text!r} is not a budget in the unit of `quantization.cost`: give one such as "
-            f"{examples}, or w4a4 for what uniform 4 bits cost"
+            f"{examples}, w4a4 for what uniform 4 bits cost, or 50% of what uniform 8 bits cost"
         )
     return value
 

@@ -9,6 +9,7 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.pop("SAQ_DATA", None)  # the user's
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as the command line does; no test reaches the network
 
 import pytest

@@ -1,23 +1,26 @@
 """Budgets as they are given: numbers, quantities with units, and the cost of uniform bits."""
 
+import math
 import operator
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from saqcli.config import names_table
 from saqcli.errors import ConfigError
-from saqcli.quant.bits import parse_bits
+from saqcli.quant.bits import LayerBits, parse_bits
 from saqcli.quant.cost import Budget, CostModel
 from saqcli.quant.cost_tables.table import CostTable, TablePrice
 from saqcli.quant.costs import COSTS, price_of
 from saqcli.serialization import named_path, parse_json, parse_object, read_text
-from saqcli.units import Quantity, parse_cost, parse_quantity
+from saqcli.units import SETTINGS, Quantity, parse_cost, parse_quantity, parse_share
 
 UNIFORM_BUDGET = re.compile(r"w\d+a\d+", re.IGNORECASE)  # a budget given as the cost of uniform bits
-BUDGETS = 'give bit-operations such as 500_000_000, "34G" or "w4a4", or a saqcli.Budget'
+REFERENCE = LayerBits(weight=8, activation=8)  # bits whose cost a percentage refers to
+BUDGETS = 'give bit-operations such as 500_000_000, "34G", "w4a4" or "50%", or a saqcli.Budget'
 
 
 def read_costs(cost: str, content: Mapping[str, Any] | None = None) -> TablePrice:
@@ -58,7 +61,7 @@ def priced(costs: CostModel, cost: str, content: Mapping[str, Any] | None = None
 
 
 def budget_of(budget: int | str | Budget, name: str, costs: CostModel) -> Budget:
-    """``34G``, a number of bit-operations, or ``w4a4`` for the cost of uniform 4 bits, as a ``Budget``.
+    """``34G``, a number of bit-operations, ``w4a4``, or ``50%`` of the cost of uniform 8 bits, as a ``Budget``.
 
     Raises:
         ConfigError: no such quantity.
@@ -91,15 +94,28 @@ def _whole(bound: Any) -> int | None:
     raise ConfigError(f"a bound of `budget` is {bound!r}, which is not a whole number: {BUDGETS}")
 
 
+def relative_bound(text: str, quantity: Quantity = "bops") -> tuple[LayerBits, Fraction] | None:
+    """The uniform bits, and the share of their cost, that ``w4a4`` or ``50%`` stands for; None for other texts.
+
+    Raises:
+        ConfigError: bits out of range, or a share that is zero or above 100 %.
+    """
+    if UNIFORM_BUDGET.fullmatch(text.strip()):
+        return parse_bits(text, SETTINGS[quantity]), Fraction(1)
+    share = parse_share(text, quantity)
+    return None if share is None else (REFERENCE, share)
+
+
 def bound_of(text: str, quantity: Quantity, name: str, costs: CostModel) -> int:
-    """``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits, as a number.
+    """``34G``, ``5MB``, ``w4a4`` for the cost of uniform 4 bits, or ``50%`` of that of uniform 8 bits, as a number.
 
     Raises:
         ConfigError: no such quantity.
     """
-    if UNIFORM_BUDGET.fullmatch(text.strip()):
-        cost = costs.cost(costs.uniform(name, parse_bits(text, "budget")))
-        return cost.bops if quantity == "bops" else cost.size
+    if (relative := relative_bound(text, quantity)) is not None:
+        bits, share = relative
+        cost = costs.cost(costs.uniform(name, bits))
+        return math.floor(share * (cost.bops if quantity == "bops" else cost.size))
     if quantity == "bops" and isinstance(costs.price, TablePrice):
         return parse_cost(text, costs.unit)
     return parse_quantity(text, quantity)

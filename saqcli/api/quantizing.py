@@ -91,7 +91,8 @@ def quantize_model(
         model: any float module that runs on its inputs; on any device, in any mode.
         bits: of weights and inputs, 2 to 8: ``4``, or ``"w4a8"``.
         policy: bits of every layer: a ``BitConfig``, its dictionary of layers, or a ``policy.json``.
-        budget: bit-operations for one sample (``"34G"``, ``500_000_000``, ``"w4a4"`` for the cost of uniform 4 bits),
+        budget: bit-operations for one sample (``"34G"``, ``500_000_000``, ``"w4a4"`` for the cost of uniform 4 bits,
+            ``"50%"`` of that of uniform 8 bits),
             or a ``Budget``.
         max_drop: budget of accuracy: most points of top-1 that may be lost, measured calibrated on every second of the
             labelled samples of ``calibration``; alone for the fewest bit-operations, or together with ``budget``. If it

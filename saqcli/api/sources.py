@@ -14,6 +14,7 @@ from saqcli.models.libraries import ZOOS
 from saqcli.models.load import check_model_name
 from saqcli.models.own import OwnNetwork, own_network, suggest_own
 from saqcli.runs.directory import RunDirectory
+from saqcli.runs.listing import FOLDER, runs_in
 from saqcli.serialization import named_path, printable
 
 Kind = Literal["run", "safetensors", "onnx", "model"]
@@ -106,6 +107,17 @@ def is_path(text: str) -> bool:
     )
 
 
+def is_model(text: str) -> bool:
+    """Whether ``text`` is the name of a model, and can be no path."""
+    if is_path(text):
+        return False
+    try:
+        check_model_name(text)
+    except UnknownModel:
+        return False
+    return True
+
+
 def check_no_model_options(source: str, section: ModelSection) -> None:
     """Check that no model options are given for a file that contains its own model."""
     plain = ModelSection(name=section.name).model_dump()
@@ -196,7 +208,7 @@ def _folder(text: str, path: Path, accepts: Sequence[Kind]) -> Source:
     """The source for an existing folder: a run directory, or a model of the same name."""
     if (path / "manifest.json").is_file():
         return Source(text, "run", path)
-    if "model" in accepts and not is_path(text) and _known(text):
+    if "model" in accepts and is_model(text):
         return Source(text, "model")
     raise RunDirectoryError(_not_a_run(path))
 
@@ -260,14 +272,6 @@ def _check_name(text: str, path: Path, accepts: Sequence[Kind]) -> None:
         raise ConfigError(f"there is no run directory or file {printable(text, 200)}{near}") from None
 
 
-def _known(name: str) -> bool:
-    try:
-        check_model_name(name)
-    except UnknownModel:
-        return False
-    return True
-
-
 def _run_of(path: Path) -> Path | None:
     """The run directory that contains ``path``, at most three levels up."""
     return next((above for above in list(path.parents)[:3] if (above / "manifest.json").is_file()), None)
@@ -275,15 +279,12 @@ def _run_of(path: Path) -> Path | None:
 
 def _runs_in(folder: Path) -> list[str]:
     """The run directories in ``folder``, sorted."""
-    try:
-        return [str(each) for each in sorted(folder.iterdir()) if (each / "manifest.json").is_file()]
-    except OSError:
-        return []
+    return sorted(map(str, runs_in(folder)))
 
 
 def _near_runs(path: Path) -> str:
     """The end of a message that lists runs of similar name next to ``path`` or in ``runs/``."""
-    there = [*_runs_in(path.parent), *_runs_in(Path("runs"))]
+    there = [*_runs_in(path.parent), *_runs_in(FOLDER)]
     named = {Path(run).name: run for run in reversed(there)}
     near = difflib.get_close_matches(path.name, named, n=NEAR, cutoff=0.6)
     return f"; similar: {', '.join(named[name] for name in near)}" if near else ""

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run, complete_source
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.cli.help import FILES, INSTRUMENTS, MEASURING
 from saqcli.errors import ConfigError
@@ -96,15 +98,21 @@ def analyze_command(
     given: o.Given,
     requested: Collection[str],
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="A run directory, a .safetensors file, or a model name with --bits or --policy",
+            autocompletion=complete_source,
+            help="A run directory, a .safetensors file, or a model name with --bits or --policy; "
+            f"{r.LEFT_OUT}",
         ),
-    ],
+    ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Second run directory or .safetensors file, to compare with"),
+        typer.Option(
+            metavar="SOURCE",
+            help="Second run directory or .safetensors file, to compare with",
+            autocompletion=complete_run,
+        ),
     ] = None,
     everything: Annotated[
         bool,
@@ -124,7 +132,13 @@ def analyze_command(
         ),
     ] = 500,
     split: Annotated[
-        str, typer.Option(metavar="train|val", help="Split that they come from", rich_help_panel=DATA)
+        str,
+        typer.Option(
+            metavar="train|val",
+            help="Split that they come from",
+            rich_help_panel=DATA,
+            autocompletion=lambda: ["train", "val"],
+        ),
     ] = "train",
     starts: Annotated[
         int | None,
@@ -209,6 +223,11 @@ def analyze_command(
 
     problems = given.problems
     bits, policy = given.get("quantization.bits"), given.path("quantization.policy")
+    if source is None and (bits is not None or policy is not None):
+        raise ConfigError(
+            "--bits and --policy belong to a model, and none was named: give its name as SOURCE"
+        )
+    source = r.chosen_run(source, "a model", models=True, json_output=json_output, quiet=quiet)
     if split not in ("train", "val"):
         problems.add(ConfigError(f"--split {split} is not known: choose train or val"))
         split = "train"
@@ -231,9 +250,10 @@ def analyze_command(
         "span": span,
     }
     settings = {name: value for name, value in wanted.items() if value is not None}
+    data = r.images_for(given, source, json_output=json_output, quiet=quiet)
     request = Request(
         source=source,
-        selection=ImageSelection(given.data(), split, images, seed),  # type: ignore[arg-type]
+        selection=ImageSelection(data, split, images, seed),  # type: ignore[arg-type]
         instruments=chosen,
         out=out or default_out(source, bits, policy),
         settings=problems.attempt(parse_object, Settings, settings, "options") or Settings(),

@@ -26,6 +26,7 @@ COMMANDS = {  # names and the first sentence of the help
     "budgets",
     "analyze": "Analyze a quantized model: sharpness, Hessian, flips, distributions, sensitivity, loss landscape",
     "report": "Make a page of a run, or one that compares several: a single HTML file that loads nothing",
+    "runs": "List the runs in a folder, show or compare them, or remove them: network, bits, top-1, BOPs, state, age",
     "models": "List the networks that can be quantized; on a terminal with parameters, input size and published "
     "weights",
     "targets": "List the targets: runtimes and devices, and what they run in integers",

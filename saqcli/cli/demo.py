@@ -20,7 +20,8 @@ EPOCHS = 6
         "quantization.bops",
         default=BUDGET,
         panel=GENERAL,
-        help="Budget of bit-operations for one image: `80M`, or `w4a4` for the cost of 4 bits everywhere",
+        help="Budget of bit-operations for one image: `80M`, `w4a4` for the cost of 4 bits everywhere, or `50%` of "
+        "that of 8 bits",
     ),
     o.adapted("training.epochs", default=f"{EPOCHS}", panel=GENERAL),
     o.adapted("run.seed", panel=GENERAL),

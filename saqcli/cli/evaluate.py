@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_source
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.cli.help import SPEED
 from saqcli.errors import ConfigError
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
 def eval_command(
     given: o.Given,
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="SOURCE", help="A model name, a run directory, a .safetensors or an .onnx file"
+            metavar="SOURCE",
+            autocompletion=complete_source,
+            help=f"A model name, a run directory, a .safetensors or an .onnx file; {r.LEFT_OUT}",
         ),
-    ],
+    ] = None,
     bench: Annotated[
         bool,
         typer.Option(
@@ -74,10 +78,13 @@ def eval_command(
 
     With `--bench`, compare its speed with that of the same network in PyTorch and ONNX Runtime, float and quantized.
 
+    Example: `saq eval`
+
     Example: `saq eval runs/resnet18-w4a4 --data imagenet`
 
     Example: `saq eval runs/resnet18-w4a4 --bench --batch-sizes 1,8 --threads 1,2`
     """
+    source = r.chosen_run(source, "a model", models=True, json_output=json_output, quiet=quiet)
     problems, device = given.problems, given.get("run.device", "auto")
     settings = problems.attempt(_bench_settings, bench, batch_sizes, threads, repeats)
     if bench and "data.path" not in given and "data.eval_batch_size" in given:
@@ -88,7 +95,9 @@ def eval_command(
         problems.add(ConfigError(f"--device {device}: --bench runs on the CPU, remove --device or --bench"))
     from saqcli.pipelines.evaluate import check_evaluation, evaluate_source
 
-    section, images = given.model(source), given.data()
+    section = given.model(source)
+    quick = bench and "data.path" not in given  # the benchmark alone
+    images = given.data() if quick else r.images_for(given, source, json_output=json_output, quiet=quiet)
     if problems.errors:
         problems.attempt(
             check_evaluation, source, section, images, device, builder, memory_format, needs_images=not bench

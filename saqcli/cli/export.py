@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run
 from saqcli.cli.console import print_json, progress_for, reporting
 
 STYLES = o.SETTINGS["export.styles"].choices
@@ -23,8 +25,22 @@ STYLES = o.SETTINGS["export.styles"].choices
 )
 def export_command(
     given: o.Given,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a model.safetensors")],
-    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="File to write")],
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_run,
+            help=f"A run directory, or a model.safetensors; {r.LEFT_OUT}",
+        ),
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            "--onnx",
+            metavar="FILE",
+            help="File to write [default: model-STYLE.onnx in the run's artifacts, or NAME-STYLE.onnx beside the file]",
+        ),
+    ] = None,
     style: Annotated[
         str | None,
         typer.Option(
@@ -47,16 +63,20 @@ def export_command(
 ) -> None:
     """Export a quantized model to ONNX. The file is written only if it passes the comparison with the model.
 
+    Example: `saq export`
+
     Example: `saq export runs/resnet18-w4a4 --onnx resnet18.onnx --data imagenet`
     """
     from saqcli.pipelines.export import check_export, export
 
-    images, target = given.data(), given.get("quantization.target")
+    source = Path(r.chosen_run(run, "a model", json_output=json_output, quiet=quiet))
+    images = r.images_for(given, str(source), json_output=json_output, quiet=quiet, optional=True)
+    target = given.get("quantization.target")
     if given.problems.errors:
-        given.problems.attempt(check_export, run, onnx, style, images, tuple(verify or ()), target)
+        given.problems.attempt(check_export, source, onnx, style, images, tuple(verify or ()), target)
     given.problems.check()
     result = export(
-        run,
+        source,
         onnx,
         style=style,
         data=images,

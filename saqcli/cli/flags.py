@@ -22,14 +22,14 @@ _TOKEN = re.compile(r"`([a-z_][\w.]*)(?:=([^`]*))?`")
 _TOKENS = re.compile(f"{_TOKEN.pattern}(?: {_TOKEN.pattern})*")
 
 SEARCH = {"quantization.bops": "--budget"}  # flags with another name in ``saq search``
-SWITCHES = {"overwrite", "resume", "bench"}  # arguments that are booleans
+SWITCHES = {"overwrite", "resume", "bench", "measure"}  # arguments that are booleans
 
 # Arguments of library functions other than settings.
 ARGUMENTS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
         *(*SWITCHES, "run_dir", "out", "recipe", "config", "nproc_per_node", "builder", "memory_format"),
-        *("bits", "policy", "style", "against", "grid", "batch_sizes", "threads", "repeats"),
+        *("bits", "policy", "style", "against", "grid", "batch_sizes", "threads", "repeats", "widths"),
     )
 } | {"path": "--onnx", "runtimes": "--verify", "assignments": "--set"}
 VERBS = {"evaluate": "eval"}  # functions whose command has another name

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli.completion import complete_model
 from saqcli.cli.console import print_json, reporting
 
 
@@ -15,6 +16,7 @@ def models_command(
         str | None,
         typer.Argument(
             metavar="PATTERN",
+            autocompletion=complete_model,
             help="Shell pattern: `'resnet*'`, or `'resnet50.*'` for the published weights of one network; all "
             "without one",
         ),

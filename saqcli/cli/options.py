@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import typer
 
+from saqcli.cli.completion import complete_model, complete_policy
 from saqcli.config import (
     DEFAULT_RECIPE,
     DataSection,
@@ -36,6 +37,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=complete_model,
         help="Network: `resnet18` (timm first, then torchvision), `timm/NAME`, `torchvision/NAME` or `saq/NAME`; "
         "`NAME.TAG` for weights other than the default. `saq models` lists them. `MODULE:NAME` is a network of your "
         "own, such as `mypackage.nets:build`, imported from the current folder",
@@ -62,6 +64,9 @@ FLOAT_MODEL = (
     *("model.weights", "model.weights_key", "model.pretrained", "model.num_classes", "model.in_chans"),
     *("model.input_size", "model.mean", "model.std", "model.kwargs"),
 )
+
+
+COMPLETIONS: dict[str, Callable[[str], list[str]]] = {"quantization.policy": complete_policy}
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Setting:
             help=self.help,
             rich_help_panel=self.option.panel,
             min=self.least,
-            autocompletion=(lambda: choices) if choices else None,
+            autocompletion=COMPLETIONS.get(self.path, (lambda: choices) if choices else None),
         )
         kind: Any = list[str] if self.option.repeated else self.kind
         return inspect.Parameter(
@@ -148,9 +153,10 @@ class Given(dict[str, Any]):
         """The ``quantization`` section; errors are added to ``problems``."""
         return self._section(QuantizationSection, "quantization", {})
 
-    def data(self) -> DataSection:
-        """The ``data`` section; errors are added to ``problems``."""
-        return self._section(DataSection, "data", {"path": self.get("data.path")})
+    def data(self, base: DataSection | None = None) -> DataSection:
+        """The ``data`` section, with what is not given from ``base``; errors are added to ``problems``."""
+        kept = {"path": self.get("data.path")} if base is None else base.model_dump()
+        return self._section(DataSection, "data", kept)
 
     def _section(self, schema: type[Section], section: str, kept: dict[str, Any]) -> Section:
         settings = kept | {
@@ -401,8 +407,8 @@ SETTINGS = {setting.path: setting for setting in _settings()}
 
 
 def folder_of_bits(bits: str) -> str:
-    """Bits or a budget as part of a folder name: ``w4a4`` for ``4``."""
-    bits = "".join(bits.split()).lower()
+    """Bits or a budget as part of a folder name: ``w4a4`` for ``4``, ``50pct`` for ``50%``."""
+    bits = "".join(bits.split()).lower().replace("%", "pct")
     return f"w{bits}a{bits}" if bits.isdigit() else bits
 
 

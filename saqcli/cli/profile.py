@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_source
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import ConfigError
 
@@ -19,6 +21,7 @@ MEASURE = "Latency on this machine"
 @reporting
 @o.with_settings(
     *("quantization.bits", "quantization.policy", "quantization.candidates", "quantization.target"),
+    *("quantization.bops", "quantization.size"),
     "quantization.quantize_attention",
     *("model.weights", "model.weights_key"),
     o.adapted(
@@ -31,13 +34,14 @@ MEASURE = "Latency on this machine"
 def profile_command(
     given: o.Given,
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SOURCE",
+            autocompletion=complete_source,
             help="A model name (see `saq models`), or a run directory, .safetensors or .onnx file, whose bits are "
-            "known",
+            f"known; {r.LEFT_OUT}",
         ),
-    ],
+    ] = None,
     builder: o.Builder = None,
     measure: Annotated[
         bool,
@@ -88,9 +92,12 @@ def profile_command(
 ) -> None:
     """Compute MACs, bit-operations and size of a network at given bits or of a run, and the reachable budgets.
 
-    No data is needed. `--measure` gives milliseconds of each layer instead, a budget of `saq search`.
+    No data is needed. Under a budget, the bits are the most uniform ones within it. `--measure` gives milliseconds of
+    each layer instead, a budget of `saq search`.
 
     Example: `saq profile resnet18 --bits 4`
+
+    Example: `saq profile resnet18 --bops 50%`
 
     Example: `saq profile runs/resnet18-34g`
 
@@ -98,6 +105,12 @@ def profile_command(
     """
     from saqcli.pipelines.profile import check_profile, profile, profile_latency
 
+    if source is None and (named := sorted(path for path in given if path.startswith("quantization."))):
+        flags = ", ".join(str(o.flag_of(path)) for path in named)
+        raise ConfigError(
+            f"{flags}: no model was named, and a run has its own bits: give the model as SOURCE"
+        )
+    source = r.chosen_run(source, "bits", models=True, json_output=json_output, quiet=quiet)
     settings = given.problems.attempt(_latency_settings, measure, out, widths, style, threads, repeats)
 
     section, quantization = given.model(source), given.quantization()
@@ -112,7 +125,7 @@ def profile_command(
         if json_output:
             print_json(latency.to_dict() | {"out": None if out is None else str(out)})
             return
-        from saqcli.cli.latency import show_latency
+        from saqcli.cli.screens.latency import show_latency
 
         show_latency(latency.to_dict(), out)
         return

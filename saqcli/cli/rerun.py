@@ -7,6 +7,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.errors import NotReproduced
 from saqcli.option import RUN
@@ -26,7 +27,14 @@ from saqcli.option import RUN
 )
 def rerun_command(
     given: o.Given,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of quantize or search")],
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_run,
+            help=f"A finished run of quantize or search; {r.LEFT_OUT}",
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
@@ -48,9 +56,10 @@ def rerun_command(
     """
     from saqcli.pipelines.rerun import Overrides, rerun
 
+    source = Path(r.chosen_run(run, "a finished run", json_output=json_output, quiet=quiet))
     device, workers = given.get("run.device"), given.get("data.workers")
     found = rerun(
-        run,
+        source,
         run_dir,
         Overrides(
             given.get("data.path"),
@@ -73,6 +82,6 @@ def rerun_command(
     if not found.identical:
         what = ", ".join(difference.what for difference in found.differences)
         raise NotReproduced(
-            f"{found.run_dir} differs from {run}: {what} ({found.differences[0].detail}); likely cause: "
+            f"{found.run_dir} differs from {source}: {what} ({found.differences[0].detail}); likely cause: "
             f"{found.reasons[0]}"
         )

@@ -1,16 +1,23 @@
-"""Options of the commands that write a run directory, and their configuration."""
+"""Arguments and options of the commands that read or write a run directory, and their configuration."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saqcli.cli.console import print_json, progress_for
 from saqcli.cli.options import Given, folder_of_bits, folder_of_model
-from saqcli.config import RunConfig, resolve_into
-from saqcli.errors import ConfigError, InfeasibleBudget, RunDirectoryError
+from saqcli.config import DataSection, RunConfig, resolve_into
+from saqcli.errors import ConfigError, DataError, InfeasibleBudget, RunDirectoryError
 from saqcli.option import EXPORT, RUN
+
+if TYPE_CHECKING:
+    from saqcli.runs.listing import Holding
+
+DATA_VARIABLE = "SAQ_DATA"  # of the environment: the default data
+LEFT_OUT = "left out, the latest run in runs/, as `latest` is; a folder with one run in it is that run"
 
 Config = Annotated[
     Path | None,
@@ -53,6 +60,64 @@ DryRun = Annotated[
 ]
 
 
+def chosen_run(
+    text: str | None, needs: "Holding", *, models: bool = False, json_output: bool, quiet: bool
+) -> str:
+    """The run, file or model that ``text`` refers to; which run it is is noted if it was not named.
+
+    Args:
+        text: the argument; None if it was left out.
+        needs: what the command needs of the latest run.
+        models: whether the command accepts names of models.
+        json_output: ``--json``.
+        quiet: ``--quiet``.
+
+    Raises:
+        RunDirectoryError: the latest run is wanted, and there is none.
+    """
+    from saqcli.api.sources import is_model
+    from saqcli.runs.listing import take_run
+
+    taken = take_run(text, needs, is_model=is_model if models else lambda name: False)
+    if taken.note is not None:
+        progress_for(json_output=json_output, quiet=quiet).note(taken.note)
+    return taken.text
+
+
+def images_for(
+    given: Given, source: str, *, json_output: bool, quiet: bool, optional: bool = False
+) -> DataSection:
+    """The images for the command: those of ``--data``, else those of the run ``source``, else those of ``SAQ_DATA``.
+
+    Args:
+        given: the settings of the options; errors are added to its problems.
+        source: a run directory, file or model name.
+        json_output: ``--json``.
+        quiet: ``--quiet``.
+        optional: whether the command needs no images; those of a run that were moved are noted then.
+    """
+    from saqcli.runs.directory import RunDirectory
+    from saqcli.runs.images import data_of_run
+
+    of_run, named = None, os.environ.get(DATA_VARIABLE)
+    progress, path = progress_for(json_output=json_output, quiet=quiet), Path(source).expanduser()
+    if "data.path" not in given and (path / "manifest.json").is_file():
+        try:
+            of_run = data_of_run(RunDirectory.open(path))
+        except DataError as error:
+            if not optional:
+                given.problems.add(error)
+                return given.data(DataSection(path=str(path)))  # which is not opened
+            progress.note(f"{error}; synthetic ones are used")
+    images = given.data(of_run)
+    if images.path is None and named and (of_run is None or not optional or of_run.calibration is None):
+        images = images.model_copy(update={"path": named})
+        progress.note(f"images: {named} ({DATA_VARIABLE})")
+    elif of_run is not None:
+        progress.note(f"images: {images.path or images.calibration}, those of the run")
+    return images
+
+
 def resolved(
     given: Given,
     config: Path | None,
@@ -86,7 +151,14 @@ def resolved(
                 f"{resumed[1]} holds no run to resume: give MODEL and options to start a new one"
             )
     recipe = given.pop("recipe", None)
-    found = resolve_into(problems, recipe=recipe, file=config, assignments=pairs, options=given)
+    found = resolve_into(
+        problems,
+        recipe=recipe,
+        file=config,
+        assignments=pairs,
+        options=given,
+        images=os.environ.get(DATA_VARIABLE),
+    )
     if problems.errors and found is not None:
         problems.attempt(check, found)
     problems.check()
@@ -110,16 +182,11 @@ def _config_of(verb: str, run_dir: Path) -> Path | None:
 
 def default_run_dir(config: RunConfig, *more: str) -> Path:
     """``runs/resnet18-w4a4``: the network's name, its bits or budget, and ``more``."""
-    wanted, name = config.quantization, config.model.name.split("/")[-1]
-    policy = Path(wanted.policy or "float").name.removesuffix(".json")
-    given = [wanted.bops or wanted.size]
-    given += [
-        f"{name}{value:g}"
-        for name, value in (("drop", wanted.max_drop), ("top", wanted.min_top1))
-        if value is not None
-    ]
-    bits = "-".join(filter(None, given)) or wanted.bits or policy
-    return Path("runs") / "-".join((folder_of_model(name), folder_of_bits(bits), *more))
+    from saqcli.runs.listing import FOLDER
+    from saqcli.runs.summary import asked_bits
+
+    name, bits = config.model.name.split("/")[-1], asked_bits(config.quantization)
+    return FOLDER / "-".join((folder_of_model(name), folder_of_bits(bits), *more))
 
 
 def check_accuracy(result: dict[str, Any]) -> None:

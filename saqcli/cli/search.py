@@ -8,6 +8,7 @@ import typer
 
 from saqcli.cli import options as o
 from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run
 from saqcli.cli.console import print_json, progress_for, reporting
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError
@@ -45,6 +46,7 @@ def search_command(
         typer.Option(
             "--from",
             metavar="RUN",
+            autocompletion=complete_run,
             help="Solve the search of this run again for another budget, from the scores that it kept, without data",
             rich_help_panel=RUN,
         ),

@@ -12,7 +12,11 @@ from saqcli.cli.console import print_json, reporting
 def targets_command(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="TARGET", help="A target, or a file NAME.toml with one; all without"),
+        typer.Argument(
+            metavar="TARGET",
+            autocompletion=lambda: list(o.SETTINGS["quantization.target"].choices),
+            help="A target, or a file NAME.toml with one; all without",
+        ),
     ] = None,
     json_output: o.Json = False,
     verbose: o.Verbose = False,

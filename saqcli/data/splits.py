@@ -419,6 +419,11 @@ def data_path(section: DataSection) -> str:
     Raises:
         ConfigError: ``data.path`` is not set.
     """
+    if section.path is None and section.calibration is not None:
+        raise ConfigError(
+            f"{section.calibration} holds images without labels, which measure no accuracy: use `data.path=DIR` with "
+            "labelled ones"
+        )
     if section.path is None:
         raise ConfigError(
             "no images given: use `data.path=DIR` with train/ and val/, one folder per class in each"

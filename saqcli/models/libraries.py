@@ -122,6 +122,9 @@ class Zoo(Protocol):
     def build(self, arch: Architecture) -> nn.Module:
         """The network with random weights."""
 
+    def require(self, name: str) -> None:
+        """Check within seconds that there are published weights of ``name``, cached or reachable."""
+
     def fetch(self, arch: Architecture) -> Published:
         """The network with published weights; a classifier of another size is random."""
 
@@ -200,16 +203,22 @@ class Timm:
         )
         return model
 
-    def fetch(self, arch: Architecture) -> Published:
+    def require(self, name: str) -> None:
         """See ``Zoo``."""
-        name, cfg = f"timm/{arch.name}", self._cfg(arch.name)
+        cfg = self._cfg(name)
         if not cfg.has_weights:
-            raise no_published_weights(name)
-        with fetching(name):
+            raise no_published_weights(f"timm/{name}")
+        with fetching(f"timm/{name}"):
             if cfg.hf_hub_id:
                 require_repository(cfg.hf_hub_id, cfg.hf_hub_filename)
             else:
                 require_url(cfg.url)
+
+    def fetch(self, arch: Architecture) -> Published:
+        """See ``Zoo``."""
+        self.require(arch.name)
+        cfg = self._cfg(arch.name)
+        with fetching(f"timm/{arch.name}"):
             model = self.build(arch, pretrained=True)
         tagged = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else arch.name
         return Published(model, tagged, cfg.hf_hub_id or cfg.url)
@@ -307,14 +316,19 @@ class TorchVision:
         model: nn.Module = torchvision.models.get_model(name, num_classes=arch.num_classes, **arch.kwargs)
         return model if arch.in_chans == COLOURS else _reading(model, arch.in_chans)
 
+    def require(self, name: str) -> None:
+        """See ``Zoo``."""
+        with fetching(f"torchvision/{name}"):
+            require_url(self._weights(name).url)
+
     def fetch(self, arch: Architecture) -> Published:
         """See ``Zoo``."""
         import torchvision
 
         model, weights, name = self.build(arch), self._weights(arch.name), _untagged(arch.name)
         kwargs = {} if name in self._AUXILIARY else arch.kwargs
+        self.require(arch.name)
         with fetching(f"torchvision/{arch.name}"):
-            require_url(weights.url)
             donor = torchvision.models.get_model(name, weights=weights, **kwargs)
         own = model.state_dict()
         state = dict(adapt_channels(donor.state_dict(), own, arch.in_chans, name)[0])
@@ -398,6 +412,10 @@ class Saq:
             with torch.no_grad():
                 model.eval()(torch.zeros(1, arch.in_chans, *entry.input_size[1:]))
         return model
+
+    def require(self, name: str) -> None:
+        """See ``Zoo``; there are no published weights."""
+        raise no_published_weights(f"saq/{name}")
 
     def fetch(self, arch: Architecture) -> Published:
         """See ``Zoo``; there are no published weights."""

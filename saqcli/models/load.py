@@ -159,6 +159,17 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     )
 
 
+def require_weights(spec: ModelSpec) -> None:
+    """Check within seconds that the weights that ``load_model`` would fetch are cached or reachable.
+
+    Raises:
+        SaqError: they are not, or the network has no published weights.
+    """
+    prefix, name, _ = resolve(spec.name)
+    if spec.weights is None and spec.pretrained and prefix in ZOOS:
+        ZOOS[prefix].require(name)
+
+
 def published_weights(name: str) -> str:
     """The network's name with the tag of the weights that ``load_model`` would fetch.
 

@@ -156,6 +156,9 @@ class OwnNetwork:
         self._classes = arch.num_classes
         return model
 
+    def require(self, name: str) -> None:
+        """See ``Zoo``; the builder makes the weights."""
+
     def fetch(self, arch: Architecture) -> Published:
         """See ``Zoo``; the weights are those that the builder makes."""
         return Published(self.build(arch, pretrained=True), self.name, f"weights as built by {self._called}")

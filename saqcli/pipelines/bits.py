@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from saqcli.api.arguments import space_for, widths_of
-from saqcli.api.budgets import UNIFORM_BUDGET, bound_of, cost_unit, priced
+from saqcli.api.budgets import REFERENCE, bound_of, cost_unit, priced, relative_bound
 from saqcli.api.networks import in_order, uniform_policy
 from saqcli.api.searching import searcher_with
 from saqcli.api.sources import policy_file
@@ -25,7 +25,7 @@ from saqcli.searchers import SEARCHERS, Searcher
 from saqcli.searchers.accuracy import AccuracyBound, middle
 from saqcli.serialization import parse_json, read_text
 from saqcli.target import PAPER, TARGETS, Target, find_deployment, target_of
-from saqcli.units import SETTINGS, Quantity, parse_cost, parse_quantity
+from saqcli.units import SETTINGS, Quantity, format_quantity, parse_cost, parse_quantity, parse_share
 
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
     ("bops", "bops"),
@@ -72,11 +72,11 @@ def check_bits(section: QuantizationSection, *, files: bool = True) -> None:
 
 def _check_budget(text: str | None, quantity: Quantity, unit: str | None = None) -> None:
     """Check a budget; one of a table of costs is in its ``unit``."""
-    if text is not None and UNIFORM_BUDGET.fullmatch(text.strip()):
-        parse_bits(text, SETTINGS[quantity])
-    elif text is not None and unit is not None:
+    if text is None or relative_bound(text, quantity) is not None:
+        return
+    if unit is not None:
         parse_cost(text, unit)
-    elif text is not None:
+    else:
         parse_quantity(text, quantity)
 
 
@@ -190,14 +190,24 @@ def keeps_scores(section: QuantizationSection) -> bool:
 
 
 def budget_of(section: QuantizationSection, network: Network) -> Budget:
-    """The budget of cost: ``34G``, ``5MB``, or ``w4a4`` for the cost of uniform 4 bits in this network."""
-
+    """The budget of cost: ``34G``, ``5MB``, ``w4a4`` for the cost of uniform 4 bits, or ``50%`` of that of 8 bits."""
     costs = costs_of(section, network)
     bops, size = (
         None if text is None else bound_of(text, quantity, network.name, costs)
         for text, quantity in zip((section.bops, section.size), get_args(Quantity), strict=True)
     )
     return Budget(bops=bops, size=size, unit=costs.unit)
+
+
+def explain_shares(section: QuantizationSection, budget: Budget) -> list[str]:
+    """What the percentages in the settings stand for, one line each."""
+    found = []
+    for (setting, quantity), bound in zip(BUDGETS, (budget.bops, budget.size), strict=True):
+        text = getattr(section, setting)
+        if bound is not None and parse_share(text, quantity) is not None:
+            cost = format_quantity(bound, budget.unit if quantity == "bops" else "B")
+            found.append(f"`{SETTINGS[quantity]}={text}`: of the cost of {REFERENCE} in every layer, {cost}")
+    return found
 
 
 def search_budget(

@@ -17,7 +17,7 @@ from saqcli.data.unlabelled import check_unlabelled
 from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
 from saqcli.models.arguments import check_arguments
-from saqcli.models.load import LoadedModel, check_model_name
+from saqcli.models.load import LoadedModel, ModelSpec, check_model_name, require_weights
 from saqcli.pipelines.bits import (
     accuracy_bound,
     budget_of,
@@ -161,8 +161,10 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
     problems.attempt(check_model, config.model, files=files)
     if config.data.calibration is not None:
         problems.attempt(_check_calibration, config, files=files)
-    elif images or config.data.path is not None:
+    elif config.data.path is not None:
         problems.attempt(check_images, config.data, "train", "val", files=files)
+    elif images:
+        _add_all_missing(problems, config.model)
     if config.search.proxy is not None:
         problems.attempt(check_images, proxy_data(config), "train", files=files)
     problems.attempt(check_bits_source, config.quantization)
@@ -182,6 +184,19 @@ def check_quantize(config: RunConfig, *, images: bool = False, files: bool = Tru
     problems.attempt(check_styles, config.export.styles)
     check_builds(problems, config.model)
     problems.check()
+
+
+def _add_all_missing(problems: Problems, section: ModelSection) -> None:
+    """Add that there are no images, with the shortest ways on; and what else is missing, the weights of the network."""
+    named = section.name and not problems.errors
+    problems.add(
+        ConfigError(
+            "no images given: use `data.path=DIR` with train/ and val/, one folder per class in each, or without "
+            "labels and training `data.calibration=PHOTOS` `recipe=minutes` with any folder of images"
+        )
+    )
+    if named and section.pretrained and not section.weights:
+        problems.attempt(require_weights, ModelSpec(section.name))
 
 
 def _check_calibration(config: RunConfig, *, files: bool) -> None:

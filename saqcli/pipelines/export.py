@@ -58,7 +58,7 @@ class Export:
 
 def export(
     source: Path,
-    path: Path,
+    path: Path | None,
     *,
     style: str | None,
     data: DataSection,
@@ -72,9 +72,9 @@ def export(
 
     Args:
         source: run directory or ``.safetensors`` file.
-        path: of the file to write.
+        path: of the file to write; None for ``NAME-STYLE.onnx`` beside the model of a finished run or the file.
         style: name in ``STYLES``; None for the first that the target reads, else ``qdq``.
-        data: images to verify on; synthetic ones if no path is given.
+        data: images to verify on, labelled or not; synthetic ones if none are given.
         overwrite: replace an existing ``path``.
         progress: reports the verification.
         runtimes: runtimes to verify with in addition to ONNX Runtime.
@@ -88,12 +88,8 @@ def export(
     weights = check_export(source, path, style, data, runtimes, target)
     stopped = RunDirectory.open(source) if weights is None else None
     own = named_builder(find_source(str(source), QUANTIZED), builder)
-    for taken in (path, verdict_path(path)):
-        if taken.exists() and not overwrite:
-            raise ConfigError(
-                f"{taken} already exists: use `overwrite=True` to replace it, or another `path`"
-            )
-    make_folder(path.parent)
+    if path is not None:
+        _check_free(path, overwrite=overwrite)
     run = RunDirectory.open(source) if source.is_dir() else None
     if stopped is not None:
         model, metadata, size = stopped_model(stopped, own, progress)
@@ -102,26 +98,57 @@ def export(
         model, metadata = restore(weights, own)
         size = (run.manifest().results.get("size_bytes") if run else None) or weights.stat().st_size
     style = style_for(metadata, model, style, target, run)
-    preprocessing = Preprocessing.from_dict(metadata.preprocessing)
-    about: dict[str, Any] = {"true_size": size}
-    if data.path is None:
-        made = synthetic_batches(preprocessing)
-        batches: Any = made
-        count = len(made)
-    else:
-        split = open_trained(data, "val", metadata, str(source), progress)
-        seed = run.config().run.seed if run else 0
-        limit = verify_limit(data.verify_images)
-        batches = loader = validation_loader(split, preprocessing, data, torch.device("cpu"), seed, limit)
-        count = len(loader)
-        about |= {"verified_on": data.path, "available": split.images}
+    if path is None:
+        path = _default_path(weights, style)
+        _check_free(path, overwrite=overwrite)
+    make_folder(path.parent)
+    batches, count, about = _images(data, metadata, source, run, progress)
+    about["true_size"] = size
     verdict = export_verified(model, metadata, path, style, batches, count, progress, runtimes, **about)
     return Export(path, style, verdict)
 
 
+def _images(
+    data: DataSection, metadata: ModelMetadata, source: Path, run: RunDirectory | None, progress: Progress
+) -> tuple[Any, int, dict[str, Any]]:
+    """Batches to verify on, their number, and where they come from, as ``export_verified`` takes it."""
+    preprocessing, limit = Preprocessing.from_dict(metadata.preprocessing), verify_limit(data.verify_images)
+    cpu = torch.device("cpu")
+    if data.path is not None:
+        split = open_trained(data, "val", metadata, str(source), progress)
+        seed = run.config().run.seed if run else 0
+        loader = validation_loader(split, preprocessing, data, cpu, seed, limit)
+        return loader, len(loader), {"verified_on": data.path, "available": split.images}
+    if data.calibration is not None and run is not None:
+        images = open_run_images(run.config().model_copy(update={"data": data}), metadata, cpu)
+        loader = images.validation(limit)
+        return loader, len(loader), {"verified_on": data.calibration, "available": images.val.images}
+    batches = synthetic_batches(preprocessing)
+    return batches, len(batches), {}
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    """Check that the file ``path`` and its verdict do not exist, unless they are replaced.
+
+    Raises:
+        ConfigError: one of them exists.
+    """
+    for taken in (path, verdict_path(path)):
+        if taken.exists() and not overwrite:
+            raise ConfigError(
+                f"{taken} already exists: use `overwrite=True` to replace it, or another `path`"
+            )
+
+
+def _default_path(weights: Path | None, style: str) -> Path:
+    """``model-STYLE.onnx`` beside the safetensors file ``weights`` of this name."""
+    assert weights is not None  # checked
+    return weights.with_name(f"{weights.stem}-{style}.onnx")
+
+
 def check_export(
     source: Path,
-    path: Path,
+    path: Path | None,
     style: str | None,
     data: DataSection,
     runtimes: tuple[str, ...] = (),
@@ -144,7 +171,14 @@ def check_export(
         problems.attempt(check_deployment, target)
     for runtime in runtimes:
         problems.attempt(check_runtime, runtime)
-    if path.suffix != ".onnx":
+    run = None if found is None else found.run
+    if path is None and run is not None and run.manifest().status != "finished":
+        problems.add(
+            ConfigError(
+                f"{source} {run.status_text()}, and only a finished run has files in its artifacts: give `path=FILE`"
+            )
+        )
+    if path is not None and path.suffix != ".onnx":
         problems.add(ConfigError(f"`path={path}` does not end with .onnx: give a file name like model.onnx"))
     if data.path is not None:
         problems.attempt(check_images, data, "val")

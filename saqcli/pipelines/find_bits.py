@@ -15,6 +15,7 @@ from saqcli.data.splits import Images
 from saqcli.pipelines.bits import (
     accuracy_bound,
     check_compares,
+    explain_shares,
     make_searcher,
     scheme_of,
     search_budget,
@@ -151,7 +152,7 @@ def request_search(
     """
     space = space_of(config.quantization, network)
     asked, budget = search_budget(config.quantization, network, space)
-    for line in space.outlook(asked):
+    for line in (*explain_shares(config.quantization, asked), *space.outlook(asked)):
         progress.note(line)
     space.check_reachable(asked)
     accuracy = accuracy_bound(config.quantization)

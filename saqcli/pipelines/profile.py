@@ -10,7 +10,17 @@ from saqcli.config import ModelSection, QuantizationSection
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export.restore import open_from_metadata
 from saqcli.models.own import OwnNetwork, check_named
-from saqcli.pipelines.bits import check_bits, given_policy, own_target, read_policy, scheme_of
+from saqcli.pipelines.bits import (
+    BUDGET_WAYS,
+    budget_of,
+    check_bits,
+    explain_shares,
+    given_policy,
+    own_target,
+    read_policy,
+    scheme_of,
+    space_of,
+)
 from saqcli.pipelines.checks import check_builds, check_model
 from saqcli.pipelines.latency.measure import Latency, LatencySettings, measure_latency
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
@@ -19,12 +29,15 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.convert import Scheme
 from saqcli.quant.search_space import search_space
 from saqcli.runs.directory import RunDirectory
+from saqcli.searchers.baselines import largest_uniform
 from saqcli.serialization import parse_object
 from saqcli.target import PAPER, TARGETS, Target, target_of
 
 OWN = {  # settings that a run or a model file has of its own
     "bits": "bits",
     "policy": "bits",
+    "bops": "bits",
+    "size": "bits",
     "target": "target",
     "quantize_attention": "attention",
 }
@@ -50,10 +63,13 @@ def check_profile(
                 problems.add(
                     ConfigError(f"{section.name} has its own {what}: remove `quantization.{setting}`")
                 )
-    if quantization.bits is not None and quantization.policy is not None:
-        problems.add(
-            ConfigError("`quantization.bits` and `quantization.policy` both give the bits: give one of them")
-        )
+    ways = {
+        "`quantization.bits`": quantization.bits is not None,
+        "`quantization.policy`": quantization.policy is not None,
+        BUDGET_WAYS[0]: quantization.bops is not None or quantization.size is not None,
+    }
+    if len(given := [name for name, there in ways.items() if there]) > 1:
+        problems.add(ConfigError(f"{' and '.join(given)} each give the bits: give one of them"))
     problems.attempt(check_bits, quantization)
     problems.attempt(target_of, quantization)
     if source is not None and source.kind == "model":
@@ -73,6 +89,8 @@ def profile(
 ) -> Profile:
     """The costs of a network at its bits or under its policy, or by default in floating point, as its target counts.
 
+    Under a budget, its bits are the most uniform ones within it, which need neither data nor weights.
+
     Args:
         section: the network; its name may also be a run directory or a file of a quantized model, which has bits,
             quantizers and target of its own.
@@ -83,6 +101,7 @@ def profile(
 
     Raises:
         SaqError: unknown model or target, a policy of another network, or bits that the target cannot run.
+        InfeasibleBudget: the budget is below the smallest reachable cost.
     """
     opened = _open(section, quantization, builder, progress, pretrained=pretrained)
     candidates = widths_of(quantization.candidates, target=opened.target)
@@ -105,7 +124,7 @@ def profile_latency(
     Raises:
         SaqError: unknown model or target, invalid settings, or bits, which ``settings`` have.
     """
-    for setting in ("bits", "policy"):
+    for setting in ("bits", "policy", "bops", "size"):
         if getattr(quantization, setting) is not None:
             raise ConfigError(
                 f"`measure=True` measures several widths: use `widths`, and remove `quantization.{setting}`"
@@ -148,11 +167,29 @@ def _open(
         section = section.model_copy(update={"pretrained": False})
     quantization = _with_defaults(quantization)
     network = wrap_and_trace(load_float(section, progress), quantization)
-    if quantization.bits is None and quantization.policy is None:
+    if quantization.bops is not None or quantization.size is not None:
+        policy = _within_budget(quantization, network, progress)
+    elif quantization.bits is None and quantization.policy is None:
         policy = float_policy(network)
     else:
         policy = given_policy(quantization, network) or float_policy(network)
     return _Opened(network, policy, scheme_of(quantization), target_of(quantization))
+
+
+def _within_budget(quantization: QuantizationSection, network: Network, progress: Progress) -> BitConfig:
+    """The most uniform bits within the budget; notes say so.
+
+    Raises:
+        InfeasibleBudget: the budget is below the smallest reachable cost.
+    """
+    space, budget = space_of(quantization, network), budget_of(quantization, network)
+    for line in explain_shares(quantization, budget):
+        progress.note(line)
+    space.check_reachable(budget)
+    progress.note(
+        f"the most uniform bits within {budget}: `search({network.name!r})` spreads bits over the layers on images"
+    )
+    return space.config(largest_uniform(space, budget))
 
 
 def _with_defaults(quantization: QuantizationSection) -> QuantizationSection:

@@ -21,7 +21,7 @@ from saqcli import distributed
 from saqcli.api.sources import find_source
 from saqcli.config import RunConfig
 from saqcli.data.loaders import MAX_WORKERS, default_workers
-from saqcli.errors import ConfigError, DataError, Interrupted, RunDirectoryError
+from saqcli.errors import ConfigError, Interrupted, RunDirectoryError
 from saqcli.machine import cores, resolve_device
 from saqcli.models.own import check_named, own_network
 from saqcli.pipelines.quantize import quantize
@@ -31,6 +31,7 @@ from saqcli.progress import SILENT, Progress
 from saqcli.random_state import random_state, set_random_state, torch_threads
 from saqcli.report.comparison import Difference, Record, compare, explain_diff, versions_differ
 from saqcli.runs.directory import RunDirectory
+from saqcli.runs.images import check_still_there, is_named_set
 from saqcli.runs.manifest import Circumstances, RunManifest, computed
 from saqcli.runs.resume import first_difference
 from saqcli.serialization import parse_object, printable
@@ -42,7 +43,6 @@ MAY_DIFFER = (
     "run.track",
     *("training.compile", "training.memory_format", "training.precision"),
 )
-NAMED_SETS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # prefixes of timm's data sets
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Overrides:
     def absolute(self) -> "Overrides":
         """The same with absolute paths."""
         data, weights = self.data, self.weights
-        if data is not None and not _is_named(data):
+        if data is not None and not is_named_set(data):
             data = str(Path(data).expanduser().absolute())
         calibration = self.calibration and str(Path(self.calibration).expanduser().absolute())
         weights = weights and weights.expanduser().absolute()
@@ -219,16 +219,11 @@ def _check_is_rerun(old: RunConfig, new: RunConfig, new_dir: Path, run_dir: Path
 def _check_there(config: RunConfig, run_dir: Path) -> None:
     """Check that images and weights exist; the error names the setting for their new place."""
     data, weights = config.data.path, config.model.weights
-    if data is not None and not _is_named(data) and not Path(data).expanduser().is_dir():
-        raise DataError(
-            f"the images of {run_dir} are no longer in {Path(data).absolute()}: give their new place as `data.path=DIR`"
-        )
+    if data is not None and not is_named_set(data):
+        check_still_there("path", Path(data).expanduser(), str(run_dir))
     calibration = config.data.calibration
-    if calibration is not None and not Path(calibration).expanduser().exists():
-        raise DataError(
-            f"the calibration images of {run_dir} are no longer in {Path(calibration).absolute()}: give their new "
-            "place as `data.calibration=PATH`"
-        )
+    if calibration is not None:
+        check_still_there("calibration", Path(calibration).expanduser(), str(run_dir))
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(
             f"the weights of {run_dir} are no longer in {Path(weights).absolute()}: give their new place as "
@@ -317,8 +312,3 @@ def _with(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 def _get(config: RunConfig, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
-
-
-def _is_named(data: str) -> bool:
-    """Whether ``data`` is the name of a timm data set and not a folder."""
-    return data.lower().startswith(NAMED_SETS) and not Path(data).exists()

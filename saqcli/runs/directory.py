@@ -306,6 +306,13 @@ class RunDirectory:
             return f"was interrupted ({f'process {owner.pid}' if owner else 'its process'} was killed)"
         return "is finished" if status == "finished" else "failed"
 
+    def state(self) -> str:
+        """``finished``, ``running``, ``interrupted`` or ``failed``."""
+        status = self.manifest().status
+        if self._lock.holder()[1]:
+            return "running"
+        return "interrupted" if status in ("running", "clearing") else status
+
     def next_step(self) -> str:
         """The advice for the run: wait, resume, or quantize to the bits of a finished search."""
         if self._lock.holder()[1]:
@@ -319,6 +326,44 @@ class RunDirectory:
         with suppress(SaqError):
             model = self.config().model.name
         return f"quantize to its bits with `quantize({model!r}, policy={str(self.path)!r})`"
+
+    def check_removable(self) -> None:
+        """Check that ``remove`` may be called.
+
+        Raises:
+            RunDirectoryError: a process is using the directory, or it is a link.
+        """
+        if self.path.is_symlink():
+            raise RunDirectoryError(
+                f"{self.path} is a link: give the directory itself, {self.path.resolve()}"
+            )
+        owner, working = self._lock.holder()
+        if working:
+            raise RunDirectoryError(self._lock.refusal(owner))
+
+    def remove(self) -> list[str]:
+        """Remove the files of the run, and its folder unless it holds others; names of these are returned.
+
+        An interrupted removal leaves no run that looks whole.
+
+        Raises:
+            RunDirectoryError: as in ``check_removable``.
+        """
+        self.check_removable()
+        self._lock.take()
+        try:
+            with suppress(SaqError):  # a damaged manifest says nothing anyway
+                self._update(status="clearing")
+            self._clear()
+            shutil.rmtree(self.path / "analysis", ignore_errors=True)
+            for name in ("report.html", "manifest.json"):
+                (self.path / name).unlink(missing_ok=True)
+        finally:
+            self._lock.release()
+        kept = sorted(entry.name for entry in self.path.iterdir())
+        if not kept:
+            self.path.rmdir()
+        return kept
 
     def keep_config(self, config: RunConfig) -> None:
         """Update ``config.json`` of a resumed run, which may change a few (see ``resume``)."""

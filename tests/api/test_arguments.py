@@ -190,7 +190,8 @@ def test_parameters_of_messages_exist() -> None:
     ("call", "expected"),
     [
         (lambda: search("5MB"), "use `budget=saqcli.Budget(size=5000000)`"),
-        (lambda: search("34 %"), "`budget`: '34 %' is a ratio"),
+        (lambda: search("34 x"), "`budget`: '34 x' is a ratio"),
+        (lambda: search("134%"), "`budget`: '134%' is a share of what uniform 8 bits cost"),
         (lambda: search(pins={"left": "x"}), '`pins={"left": "x"}` is not a bit-width'),
         (lambda: search(pins={"nope": "4"}), '`pins={"nope": "4"}` matches no layer'),
         (lambda: search(pins={"nope": "4"}), "saqcli.summary lists them"),

@@ -124,7 +124,7 @@ class TestErrors:
             (["eval", "saq/resnet20", "--no-pretrained", "--data", "/no/such/folder"], 1, "/no/such/folder"),
             (["eval", "model.onnx", "--data", "x"], 1, "model.onnx"),
             (["eval", "--no-such-option"], 2, "No such option"),
-            (["profile"], 2, "Missing argument"),
+            (["profile", "--bits", "4"], 1, "no model was named"),
         ],
     )
     def test_errors_are_one_line_with_advice(self, arguments: list[str], code: int, says: str) -> None:

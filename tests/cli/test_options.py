@@ -68,13 +68,15 @@ ACCEPTED = {
     "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --memory-format "
     "--repeats --threads",
     "export": f"--builder {IMAGES} {GENERAL} --onnx --overwrite --style --target --verify --verify-images",
-    "profile": f"--builder {GENERAL} --bits --candidates --in-chans --input-size --model-kwargs --no-pretrained "
+    "profile": f"--builder {GENERAL} --bops --budget --size --bits --candidates --in-chans --input-size "
+    "--model-kwargs --no-pretrained "
     "--no-quantize-attention --num-classes --policy --pretrained --quantize-attention --weights --weights-key "
     "--measure --out --repeats --style --target --threads --widths",
     "analyze": f"--builder {IMAGES} {NETWORK} {GENERAL} --against --all --bits --candidates --device --distributions "
     "--eigenvalue --flips --grid --hessian --images --iterations --landscape --out --overwrite --policy --resume --rho "
     "--rho-unit --samples --seed --sensitivity --set --sharpness --span --split --starts --trace",
     "report": "--json --verbose --out",
+    "runs": "--json --verbose --yes -y",
     "models": "--json --verbose",
     "targets": "--json --verbose",
     "demo": f"{GENERAL} --bops --budget --epochs --run-dir --seed --track",

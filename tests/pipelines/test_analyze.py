@@ -325,7 +325,8 @@ class TestErrors:
             (["saq/resnet20", "--bits", "4", "--candidates", "1,2", "--data", "x"], 1, "candidates"),
             (["saq/resnet20", "--bits", "4", "--against", "saq/resnet20", "--data", "x"], 1, "--against"),
             (["saq/resnet20", "--bits", "4", "--resume", "--overwrite", "--data", "x"], 1, "one of them"),
-            ([], 2, "Missing argument"),
+            ([], 1, "there is no run in runs/"),
+            (["--bits", "4"], 1, "none was named"),
         ],
     )
     def test_errors_are_one_line_with_advice(

@@ -16,6 +16,7 @@ from tests.support.command_line import answer, last_error, saq
 
 DATA = "no images given: use --data DIR"
 TINY = {"name": "saq/resnet20", "num_classes": 10, "in_chans": 3, "kwargs": {}}
+UNPUBLISHED = "saq/resnet20 has no published weights: use --weights FILE"
 BITS = "no bits and no budget were given: give exactly one of --bits 4, --bops 34G"
 
 
@@ -24,7 +25,8 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(*_: Any) -> None:
         raise AssertionError("published weights were asked for")
 
-    monkeypatch.setattr(libraries, "require_repository", fetched)
+    monkeypatch.setattr(libraries.Timm, "fetch", fetched)
+    monkeypatch.setattr(libraries, "require_repository", lambda *_: None)  # they could be fetched
 
 
 @pytest.fixture
@@ -69,8 +71,14 @@ def images(tmp_path: Path) -> Path:
             ],
         ),
         ("quantize timm/test_vit --bits 4 --input-size 33", [DATA, "33"]),
-        ("quantize saq/resnet20 --bits 4 --model-kwargs nosuch=1", [DATA, "no argument 'nosuch'"]),
-        ("quantize saq/resnet20 --policy nosuch.json", [DATA, "--policy nosuch.json cannot be read"]),
+        (
+            "quantize saq/resnet20 --bits 4 --model-kwargs nosuch=1",
+            [DATA, UNPUBLISHED, "no argument 'nosuch'"],
+        ),
+        (
+            "quantize saq/resnet20 --policy nosuch.json",
+            [DATA, UNPUBLISHED, "nosuch.json cannot be read"],
+        ),
         (
             "search resnet18 --searcher samp --device cuda:9",
             [DATA, "no budget was given: use --budget 34G", "no searcher 'samp'", "--device cuda:9"],
@@ -112,6 +120,25 @@ def test_all_problems_are_reported_together(
     count = f"{len(says)} problems: (1) "
     assert line.startswith(f"error: {count}" if len(says) > 1 else f"error: {says[0]}"), line
     assert not list(tmp_path.iterdir())
+
+
+def test_everything_missing_offline_is_in_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(libraries, "require_repository", unreachable)
+
+    line = last_error(saq("quantize", "resnet18", "--bops", "34G"))
+
+    assert line == (
+        f"error: 2 problems: (1) {DATA} with train/ and val/, one folder per class in each, or without labels and "
+        "training --calibration PHOTOS --recipe minutes with any folder of images; (2) the pretrained weights of "
+        "timm/resnet18 could not be fetched (no route to host): use --weights FILE with a local .safetensors "
+        "or .pth, or --no-pretrained"
+    )
 
 
 def test_run_directory_is_checked_last(images: Path, tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ class QuantizationSection(_Section):
             choices=_names("samq asga hawq sensitivity fisher swaps random error uniform"),
             family="searchers",
         ),
-    ] = "error"
+    ] = "swaps"
     candidates: Annotated[Widths, Option("Bit-widths that a layer may have", "2,3,4", parse="widths")] = (
         WIDTHS
     )

@@ -4,7 +4,7 @@ Losses of single operands do not add up at few bits: the sum that a knapsack min
 is worse than the same bits everywhere. Here sums only propose, and the network itself decides:
 
     starts    the same bits everywhere, with weights and inputs at widths of their own; the optima of two knapsacks
-              (``fisher``, ``error``); the best of these with what is left of the budget spent
+              (``fisher``, ``error``); the best of both with what is left of the budget spent
     swaps     one layer's weights or inputs get a bit more and another's a bit less, or what the budget still allows;
               tried in the order of the predicted gain, kept if the divergence from the float network falls
 
@@ -60,9 +60,9 @@ class Swaps:
         problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
         scorer = Scorer(problem, report.at)
         best = score_all(problem, scorer, starts, {"losses": losses})
-        filled = _filled(space, budget, best.choice, losses)
-        if filled != best.choice:
-            best = score_all(problem, scorer, [best.choice, filled], {"losses": losses})
+        uniform = min(map(scorer, untied_uniforms(space, budget)), key=closeness, default=best)
+        filled = [_filled(space, budget, start.choice, losses) for start in (best, uniform)]
+        best = score_all(problem, scorer, [best.choice, *dict.fromkeys(filled)], {"losses": losses})
         if not budget.admits(space.ceiling):
             best = self._descend(problem, scorer, best, losses)
         choice = list(best.choice)

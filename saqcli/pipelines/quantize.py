@@ -37,6 +37,7 @@ from saqcli.pipelines.setup import (
 from saqcli.pipelines.stages import (
     Measured,
     Scorer,
+    announcement,
     climb,
     described,
     end_stage,
@@ -184,6 +185,7 @@ def start_run(
 ) -> None:
     """Score the float model, choose bits, calibrate, score again, and save the first checkpoint."""
     network, images = prepared
+    progress.note(announcement(config, images, learns_from_float=distills(config, network.loaded)))
     scorer = Scorer(images, device, network.name, progress)
     float_score = scorer.of_float(network.model)
     with timed(run, "calibrated"):

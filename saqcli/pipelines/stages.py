@@ -27,11 +27,12 @@ from saqcli.reconstruction.compensation import Compensation, compensate
 from saqcli.reconstruction.options import Reconstruction
 from saqcli.reconstruction.reconstruct import reconstruct, without_quantizers
 from saqcli.report.answers import write_answers
-from saqcli.report.run_report import QuantizeResult
+from saqcli.report.run_report import NOUNS, QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.saving import SearchMemory
 from saqcli.tasks.classification import Score
 from saqcli.training.loop import Memory, score
+from saqcli.units import counted
 
 # From settings, model, float network, images, memory and progress to figures for the metrics; changes the model.
 Stage = Callable[[RunConfig, nn.Module, nn.Module, Images, Memory, Progress], dict[str, Any]]
@@ -233,6 +234,18 @@ def tensors_before(config: RunConfig, model: nn.Module) -> dict[str, Any]:
 def planned_stages(config: RunConfig) -> list[str]:
     """The names of all stages of a run, in their order."""
     return ["calibrated", *wanted_stages(config), *(["fine-tuned"] if config.training.epochs else [])]
+
+
+def announcement(config: RunConfig, images: Images, *, learns_from_float: bool) -> str:
+    """What the run will do once its bits are known, on one line."""
+    training, count = config.training, min(config.data.calibration_images, images.train.images)
+    parts = [f"calibration on {counted(count, 'image')}", *(NOUNS[stage] for stage in wanted_stages(config))]
+    if training.epochs:
+        steps = counted(len(images.training()), "step")
+        teacher = ", learning from the float network" if learns_from_float else ""
+        parts.append(f"{counted(training.epochs, 'epoch')} of {steps} with {training.method}{teacher}")
+    scored = counted(images.val.images, "image")
+    return f"{config.model.name}: {'; '.join(parts)}; scored on {scored}"
 
 
 def climb(

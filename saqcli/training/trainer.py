@@ -6,6 +6,7 @@ the random states; resuming draws the same images again, passes over those done,
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from saqcli.training.optimizer import (
     make_schedule,
 )
 from saqcli.training.step import Recovery, Stepper
-from saqcli.units import counted, format_figure
+from saqcli.units import counted, format_duration, format_figure
 
 
 class SizedBatches(Protocol):
@@ -103,6 +104,25 @@ class InterruptibleTask:
         """
         self._run.check_signal()
         self._task.advance(steps, images=images, **figures)
+
+
+class _Clock:
+    """Says once, from measured steps, how long the training will take, if that is a minute or more."""
+
+    warm, timed = 5, 15  # steps: the first ones compile and choose kernels
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note, self._steps, self._since = note, 0, 0.0
+
+    def tick(self, left: int) -> None:
+        """A step ends, with ``left`` more to come."""
+        self._steps += 1
+        if self._steps == self.warm:
+            self._since = time.perf_counter()
+        elif self._steps == self.warm + self.timed:
+            each = (time.perf_counter() - self._since) / self.timed
+            if each * left >= 60:
+                self._note(f"training takes about {format_duration(each * left)} more, {each:.2g} s a step")
 
 
 class Trainer:
@@ -186,6 +206,7 @@ class Trainer:
             model, self.minimizer, objective, training.sharpness_batch, self.recovery, progress.note
         )
         self._stepper.choose = _weakly(self._choose)
+        self._clock = _Clock(self.progress.note)
         self.epoch, self.step = 0, 0
         self.best = None if initial is None else Best.of(0, initial, model.state_dict())
         self.last: Score | None = None
@@ -355,6 +376,7 @@ class Trainer:
             self.average.update(self.model, self._steps + step)
         before_evaluation = self.validation is not None and step == len(self.batches)
         self.run.offer(self.state_dict, milestone=before_evaluation, failing=self.recovery.in_row > 0)
+        self._clock.tick(self.training.epochs * len(self.batches) - self._steps - step)
 
     def _evaluate(self) -> Score | None:
         """Score of the model, or of its average, on the validation images; the best state is kept."""

@@ -144,3 +144,14 @@ def test_checkpoints_of_earlier_versions_are_loaded() -> None:
 
     assert (made.epoch, made.step, made.best) == (0, 2, None)
     assert torch.equal(next(made.model.parameters()), next(iter(state["model"].values())))
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.5, True), (0.01, False)])
+def test_long_trainings_say_how_long(seconds: float, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr(trainers.time, "perf_counter", lambda: next(now) * 15 * seconds)
+    notes: list[str] = []
+    clock = trainers._Clock(notes.append)
+    for step in range(1000):
+        clock.tick(999 - step)
+    assert notes == (["training takes about 8:10 more, 0.5 s a step"] if said else [])

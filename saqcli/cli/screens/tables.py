@@ -1,7 +1,9 @@
 """Result tables on stdout; names are never truncated."""
 
 import os
+import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,27 @@ def _summary(policy: Mapping[str, Mapping[str, int | None]], layers: Sequence[Ma
 def print_text(console: Console, text: str, *, markup: bool = False) -> None:
     """Print a line without wrapping; ``markup`` must be off if the text may contain a path."""
     console.print(as_flags(text), highlight=False, soft_wrap=True, markup=markup, emoji=False)
+
+
+def print_sentence(console: Console, text: str) -> None:
+    """Print text, wrapped between words on a terminal; words, such as paths, stay whole."""
+    width = width_of(console)
+    for line in as_flags(text).split("\n"):
+        parts = (
+            [line]
+            if width is None
+            else textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+        )
+        for part in parts or [""]:
+            console.print(part, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def print_next(console: Console, commands: Mapping[str, str]) -> None:
+    """Print commands to copy, each with what it does."""
+    print_text(console, "\nnext:")
+    for command, purpose in commands.items():
+        print_text(console, f"  {purpose}")
+        print_text(console, f"    {command}")
 
 
 def print_table(
@@ -302,7 +325,7 @@ def show_quantized(result: dict[str, Any]) -> None:
     names, stages = stages_table(result)
     print_table(console, names, stages)
     if result["advice"]:
-        print_text(console, f"\nnote: {result['advice']}")
+        print_sentence(console, f"\nnote: {result['advice']}")
     reduction = f"{result['bops_reduction']:.1f}x fewer BOPs than float"
     if result["budget_bops"]:
         share = 100 * result["bops"] / result["budget_bops"]
@@ -311,13 +334,16 @@ def show_quantized(result: dict[str, Any]) -> None:
     if result["onnx_style"] is None:
         print_text(console, "no ONNX file was written (--no-export)")
     else:
-        print_text(console, onnx_sentence(result))
+        print_sentence(console, onnx_sentence(result))
     for note in ("onnx_explanation", "onnx_size_note"):
         if result[note]:
-            print_text(console, upper_first(result[note]))
+            print_sentence(console, upper_first(result[note]))
     _show_accuracy(result, console)
     for path in result["artifacts"].values():
         print_text(console, f"wrote {path}")
+    run, onnx = shlex.quote(result["run_dir"]), result["artifacts"].get(result["onnx_style"])
+    timed = {f"saq eval {shlex.quote(onnx)} --bench": "accuracy and speed of the file"} if onnx else {}
+    print_next(console, timed | {f"saq analyze {run}": "where the network is sharp, what its grids lose"})
 
 
 def _show_accuracy(result: dict[str, Any], console: Console) -> None:

@@ -179,6 +179,26 @@ def test_analysis_of_a_file_has_a_page_of_its_own(run: Path, digits: Path, tmp_p
     assert answer("report", out) == {"page": str(out / "report.html"), "runs": [str(out)]}
 
 
+def test_page_of_a_run_without_labels(run: Path) -> None:
+    results = json.loads((run / "manifest.json").read_text())["results"]
+    unknown = dict.fromkeys(("top1", "top5", "loss"))
+    stages = [stage | unknown for stage in results["stages"]]
+    change(
+        run / "manifest.json",
+        results=results | unknown | {"float_top1": None, "float_top5": None, "stages": stages},
+    )
+    answers = json.loads((run / "answers.json").read_text())
+    shown = [image | {"label": None} for image in answers["shown"]]
+    change(run / "answers.json", lost=None, won=None, classes=[], shown=shown)
+
+    text = page_of([run])
+
+    assert "There were no labels, so accuracy was not measured" in text
+    assert f"gives the float network&#39;s answer on {results['agreement']:.2f} % of" in text
+    assert "<dt>Top-1</dt>" not in text
+    assert "Which of the two is right is unknown without labels." in text
+
+
 def test_unfinished_run_is_refused(run: Path) -> None:
     change(run / "manifest.json", status="interrupted")
 

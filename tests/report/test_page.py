@@ -194,7 +194,7 @@ def test_page_of_a_run_without_labels(run: Path) -> None:
     text = page_of([run])
 
     assert "There were no labels, so accuracy was not measured" in text
-    assert f"gives the float network&#39;s answer on {results['agreement']:.2f} % of" in text
+    assert f"gives the float network&#39;s answer on {results['agreement']:.2f}\N{NO-BREAK SPACE}% of" in text
     assert "<dt>Top-1</dt>" not in text
     assert "Which of the two is right is unknown without labels." in text
 

@@ -1,9 +1,13 @@
-"""The page of a run is complete in itself, says what the files of the run hold, and escapes what comes from it."""
+"""The page of a run says what its files hold, escapes what comes from them, and is complete in itself.
+
+In a browser, on a phone and on a screen, in both color schemes: nothing overflows, and all text can be read.
+"""
 
 import html
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +17,11 @@ import torch
 from PIL import Image
 
 import saqcli
-from saqcli.data.datasets import Split
-from saqcli.data.images import ImageSet
 from saqcli.errors import ConfigError, RunDirectoryError
-from saqcli.report.answers import MOST_SHOWN, Answers, write_answers
-from saqcli.report.page.contents import VerdictFile, read_run
+from saqcli.report.page.contents import read_run
 from saqcli.report.page.page import page_of, write_page
-from saqcli.report.page.proofs import proof_of
-from saqcli.report.page.svg import Scale, spread
 from saqcli.runs.directory import RunDirectory
+from tests.support.browser import CHROMIUM, look_at
 from tests.support.command_line import answer, last_error, saq
 from tests.support.reported import make_runs
 
@@ -179,6 +179,26 @@ def test_analysis_of_a_file_has_a_page_of_its_own(run: Path, digits: Path, tmp_p
     assert answer("report", out) == {"page": str(out / "report.html"), "runs": [str(out)]}
 
 
+def test_page_of_a_run_without_labels(run: Path) -> None:
+    results = json.loads((run / "manifest.json").read_text())["results"]
+    unknown = dict.fromkeys(("top1", "top5", "loss"))
+    stages = [stage | unknown for stage in results["stages"]]
+    change(
+        run / "manifest.json",
+        results=results | unknown | {"float_top1": None, "float_top5": None, "stages": stages},
+    )
+    answers = json.loads((run / "answers.json").read_text())
+    shown = [image | {"label": None} for image in answers["shown"]]
+    change(run / "answers.json", lost=None, won=None, classes=[], shown=shown)
+
+    text = page_of([run])
+
+    assert "There were no labels, so accuracy was not measured" in text
+    assert f"gives the float network&#39;s answer on {results['agreement']:.2f}\N{NO-BREAK SPACE}% of" in text
+    assert "<dt>Top-1</dt>" not in text
+    assert "Which of the two is right is unknown without labels." in text
+
+
 def test_unfinished_run_is_refused(run: Path) -> None:
     change(run / "manifest.json", status="interrupted")
 
@@ -274,117 +294,78 @@ def test_code_for_python_loads_the_network(runs: Path) -> None:
     assert isinstance(names["model"], torch.nn.Module)
 
 
-@pytest.fixture
-def written(tmp_path: Path) -> RunDirectory:
-    return RunDirectory(tmp_path)
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open pages in")
+LEAST_CONTRAST = 4.5  # WCAG 2.2, level AA, of text of any size
+SMALLEST = 8.5  # pixels
 
 
-def split_of(count: int) -> Split:
-    source = [(Image.new("RGB", (40 + place, 20), (place, 0, 0)), place % 3) for place in range(count)]
-    return Split("images", ImageSet(source, None, 3, "images"), ("cat", "", "dog"))
+@pytest.fixture(scope="module")
+def pages(runs: Path) -> dict[str, Path]:
+    """A page of each kind, for a browser."""
+    return {
+        "quantized": runs / "run" / "report.html",
+        "searched": runs / "search" / "report.html",
+        "compared": write_page([runs / "run", runs / "search"], runs / "both.html"),
+    }
 
 
-def read_answers(run: RunDirectory) -> Answers:
-    return Answers.model_validate_json(run.answers_path.read_text())
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("name", ["quantized", "searched", "compared"])
+@in_browser
+def test_page_fits_and_can_be_read(pages: dict[str, Path], name: str, width: int, dark: bool) -> None:
+    found = look_at(pages[name], width, dark=dark, clicks=[])
+
+    assert (found["width"], found["dark"]) == (width, dark)
+    assert found["scrollWidth"] <= width
+    assert found["wide"] == []
+    assert found["requests"] == []
+    assert found["pictures"]
+    assert all(wide > 10 and high > 10 for _, wide, high in found["pictures"])
+    assert all(found["images"])
+    assert len(found["texts"]) > 50
+    assert [each for each in found["texts"] if each["contrast"] < LEAST_CONTRAST] == []
+    assert min(each["size"] for each in found["texts"]) >= SMALLEST
 
 
-def test_answers_are_counted(written: RunDirectory) -> None:
-    labels = torch.tensor([0, 1, 2, -1, 0, 1])
-    before, after = torch.tensor([0, 0, 2, 0, 2]), torch.tensor([1, 1, 2, 0, 0])
+@in_browser
+def test_table_folds_and_unfolds(pages: dict[str, Path]) -> None:
+    folded = look_at(pages["quantized"], 1400)
 
-    write_answers(written, split_of(6), labels, before, after, labelled=True)
-
-    found = read_answers(written)
-    assert (found.images, found.changed, found.lost, found.won) == (5, 3, 1, 1)
-    assert [(row.name, row.images, row.float_right, row.right) for row in found.classes] == [
-        ("cat", 2, 2, 1),
-        ("class 1", 2, 0, 1),
-        ("dog", 1, 1, 1),
-    ]
-    assert [(one.place, one.label, one.before, one.after) for one in found.shown] == [
-        (0, "cat", "cat", "class 1"),
-        (1, "class 1", "cat", "class 1"),
-        (5, "class 1", "dog", "cat"),
-    ]
-    assert [one.pixels for one in found.shown] == [40, 41, 45]
+    assert "Show all 20 layers" in folded["text"]
+    assert folded["hidden"] == 6
 
 
-def test_answers_without_labels(written: RunDirectory) -> None:
-    labels, before, after = torch.tensor([[0, 0, 0], [0, 1, 2], [0, 2, 2]])
+@in_browser
+def test_page_is_whole_without_script(pages: dict[str, Path]) -> None:
+    found = look_at(pages["quantized"], 390, script=False)
 
-    write_answers(written, split_of(3), labels, before, after, labelled=False)
-
-    found = read_answers(written)
-    assert (found.changed, found.lost, found.won, found.classes) == (1, None, None, [])
-    assert [(one.place, one.label) for one in found.shown] == [(1, None)]
+    assert (found["hidden"], found["buttons"]) == (0, 0)
+    assert len(found["rows"]) == 20
 
 
-def test_shown_images_are_few_and_of_all_classes(written: RunDirectory) -> None:
-    labels = torch.arange(120) % 3
+@in_browser
+def test_table_sorts(pages: dict[str, Path]) -> None:
+    button = "table.layers th[data-column] button"
+    rows = look_at(pages["quantized"], 1400)["rows"]
+    once = look_at(pages["quantized"], 1400, clicks=[(button, 0)])["rows"]
+    twice = look_at(pages["quantized"], 1400, clicks=[(button, 0), (button, 0)])["rows"]
 
-    write_answers(written, split_of(120), labels, labels, (labels + 1) % 3, labelled=True)
-
-    found = read_answers(written)
-    assert found.changed == found.lost == 120
-    assert len(found.shown) == MOST_SHOWN
-    assert {one.label for one in found.shown} == {"cat", "class 1", "dog"}
-
-
-def test_answers_of_other_images_are_not_written(written: RunDirectory) -> None:
-    write_answers(written, split_of(3), torch.zeros(3), torch.zeros(2), torch.zeros(3), labelled=True)
-
-    assert not written.answers_path.exists()
+    assert Counter(rows) == Counter(once) == Counter(twice)
+    assert rows[0] == "conv1"
+    assert set(once[:2]) == {"conv1", "linear"}  # they have 8 bits
+    assert set(twice[-2:]) == {"conv1", "linear"}
 
 
-VERDICT = {
-    "schema_version": 1, "file": "model.onnx", "sha256": "a" * 64, "size_bytes": 1000, "style": "qdq", "verified": True,
-    "verified_on": "images", "images": 40, "images_available": 60, "argmax_agreement": 0.975, "max_abs_diff": 0.5,
-    "pytorch_max_abs_diff": 0.25, "layers": 3, "layers_error": 1e-6, "codes": 1234, "flipped_codes": 2,
-}  # fmt: skip
+@in_browser
+def test_control_sees_overflow_and_faint_text(pages: dict[str, Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    faint = '<p style="width: 3000px; color: #ccc; background: #fff">faint</p><img src="missing.png" alt="x"></body>'
+    bad.write_text(pages["searched"].read_text().replace("</body>", faint))
 
+    found = look_at(bad, 390)
 
-def claims(**values: Any) -> dict[str, str]:
-    proof = proof_of(VerdictFile.model_validate(VERDICT | values))
-    return {claim.head: claim.text for claim in proof.claims}
-
-
-def test_proof_of_layers_and_ends() -> None:
-    found = claims()
-
-    assert found["Layer by layer"].startswith("Each of its 3 layers, fed the codes that PyTorch feeds it,")
-    assert found["Layer by layer"].endswith("2 of 1,234 codes rounded the other way.")
-    assert "in double precision on 97.50 % of 40 images of 60." in found["End to end"]
-
-
-def test_proof_of_equal_bits() -> None:
-    assert set(claims(style="exact", max_abs_diff=0.0)) == {"Bit for bit"}
-    assert claims(style="exact", max_abs_diff=0.0)["Bit for bit"].startswith("Every logit equals")
-    assert "differ" in claims(style="exact")["Bit for bit"]
-
-
-def test_proof_names_twin_and_conditions() -> None:
-    found = claims(twin={"equal": True, "skipped": None}, conditions=["needs a processor with VNNI"])
-
-    assert found["In ONNX Runtime"] == "Integer kernels returned, bit by bit, what their arithmetic predicts."
-    assert found["Condition"] == "Needs a processor with VNNI."
-    assert "In ONNX Runtime" not in claims(twin={"equal": False, "skipped": "too large"})
-
-
-@pytest.mark.parametrize(
-    ("scale", "ticks"),
-    [
-        (Scale(0, 10, 0, 100), [0, 2, 4, 6, 8, 10]),
-        (Scale(97.8, 99.9, 0, 100), [98, 98.5, 99, 99.5]),
-        (Scale(1e6, 1e9, 0, 100, log=True), [1e6, 1e7, 1e8, 1e9]),
-        (Scale(2e6, 8e6, 0, 100, log=True), [2e6, 3e6, 5e6, 7e6]),
-    ],
-)
-def test_ticks_are_round(scale: Scale, ticks: list[float]) -> None:
-    assert scale.ticks() == pytest.approx(ticks)
-
-
-def test_scale_of_equal_values_has_a_range() -> None:
-    scale = spread([3.0, 3.0], 100, 0)
-
-    assert scale(3.0) == pytest.approx(50)
-    assert spread([3.0], 0, 100, log=True)(3.0) == pytest.approx(50)
+    assert found["scrollWidth"] >= 3000
+    assert "P." in found["wide"]
+    assert [each["text"] for each in found["texts"] if each["contrast"] < LEAST_CONTRAST] == ["faint"]
+    assert 0 in found["images"]

@@ -5,35 +5,15 @@ from pathlib import Path
 from tests.support.command_line import answer
 from tests.support.digits import MODEL, float_options
 
-STYLES = ("--style", "qdq", "--style", "exact", "--style", "trt", "--style", "qonnx")
+STYLES = ("--style", "qdq", "--style", "exact", "--style", "trt", "--style", "qonnx", "--verify-images", "12")
 
 
 def make_runs(digits: Path, folder: Path) -> None:
     """A quantization with a front and an analysis as ``folder/run``, a search as ``folder/search``."""
     options = [MODEL, *float_options(digits, digits / "few"), "--workers", "0"]
-    small = ("--set", "search.pareto=3", "--search-images", 40, "--scoring-images", 40)
-    answer("search", *options, "--budget", "w3a3", *small, "--run-dir", folder / "search")
-    training = (
-        "--epochs",
-        2,
-        "--set",
-        "data.augmentation=none",
-        "--set",
-        "search.pareto=3",
-        *STYLES,
-    )
-    answer("quantize", *options, "--bops", "60M", *training, "--run-dir", folder / "run")
-    measured = (
-        "--all",
-        "--grid",
-        5,
-        "--images",
-        40,
-        "--samples",
-        2,
-        "--iterations",
-        2,
-        "--candidates",
-        "2,4",
-    )
-    answer("analyze", folder / "run", "--data", digits / "few", *measured, "--workers", "0")
+    front = ("--set", "search.pareto=2", "--set", "search.scoring_images=20")
+    answer("search", *options, "--budget", "w3a3", *front, "--run-dir", folder / "search")
+    training = ("--epochs", "2", "--set", "data.augmentation=none", "--set", "data.calibration_images=64")
+    answer("quantize", *options, "--bops", "60M", *training, *front, *STYLES, "--run-dir", folder / "run")
+    measured = ("--grid", "3", "--images", "20", "--samples", "2", "--iterations", "2", "--candidates", "2,4")
+    answer("analyze", folder / "run", "--all", *measured, "--data", digits / "few", "--workers", "0")

@@ -66,7 +66,10 @@ def compared(runs: Sequence[Contents]) -> dict[str, Any]:
 def short_names(paths: Sequence[Path]) -> list[str]:
     """The paths below the folder that they share."""
     found = [path.resolve() for path in paths]
-    shared = Path(os.path.commonpath([path.parent for path in found]))
+    try:
+        shared = Path(os.path.commonpath([path.parent for path in found]))
+    except ValueError:  # on several drives
+        return [str(path) for path in found]
     return [str(path.relative_to(shared)) for path in found]
 
 

@@ -117,6 +117,7 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
         "duration": lambda value: "" if value is None else format_duration(value),
         "figure": _figure,
         "code": _code,
+        "tight": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
         "sentence": lambda text: f"{text[:1].upper()}{text[1:]}.",
         "literal": lambda text: json.dumps(text, ensure_ascii=False),
         "quoted": shlex.quote,

@@ -237,8 +237,8 @@ def test_granularity_and_normalization_are_options(digits: Path, tmp_path: Path)
         (("--quantizer", "magic"), "there is no quantizer 'magic'"),
         (("--quantizer", "lsq", "--weight-norm"), "quantizer lsq has no weight normalization"),
         (("--quantizer", "pact", "--set", "quantization.clip_init=paper"), "not defined for quantizer pact"),
-        (("--recipe", "paper-cifar", "--compensate"), "restore_deviation=False changes their scale"),
-        (("--recipe", "paper-cifar", "--short-steps", 5), "not supported with --short-steps"),
+        (("--recipe", "paper-cifar", "--compensate"), "restore_deviation=false changes their scale"),
+        (("--recipe", "paper-cifar", "--short-steps", "5"), "not supported with --short-steps"),
     ],
 )
 def test_incompatible_options_fail_early(options: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_relative_perturbation_is_the_same_without_deviations(method: str) -> No
         scheme = Scheme(granularity="tensor", weight_normalization=True, restore_deviation=restored)
         model = quantize(NETWORKS["conv_bn"], scheme=scheme).model.train()
         base = torch.optim.SGD(model.parameters(), lr=0.0)
-        minimizer = MINIMIZERS[method](model, base, rho=0.4)
+        minimizer = MINIMIZERS[method](model, base, rho=0.4)  # type: ignore[call-arg]
         seen: list[list[float]] = []
         for _ in range(2):
             minimizer.step(lambda model=model, seen=seen: _loss(model, seen))

@@ -72,7 +72,9 @@ class SAQLightningMixin:
                 "with larger batches, or manual optimization with a list of closures"
             )
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise ConfigError("precision 16-mixed scales the loss before the minimizer sees it: use bf16-mixed or 32")
+            raise ConfigError(
+                "precision 16-mixed scales the loss before the minimizer sees it: use bf16-mixed or 32"
+            )
         self._saq_loss = loss
 
     def optimizer_step(
@@ -87,7 +89,9 @@ class SAQLightningMixin:
             self._saq_loss = None
             closure()
             if self._saq_loss is None:
-                raise ConfigError("training_step returned no loss: return one, as skipping batches is not supported")
+                raise ConfigError(
+                    "training_step returned no loss: return one, as skipping batches is not supported"
+                )
             return self._saq_loss
 
         try:

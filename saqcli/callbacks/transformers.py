@@ -90,12 +90,20 @@ class SAQTrainerMixin:
         problem = None
         steps = self.args.gradient_accumulation_steps
         if steps != 1:
-            problem = f"gradient_accumulation_steps={steps} has no sharpness-aware step: use 1 with larger batches"
+            problem = (
+                f"gradient_accumulation_steps={steps} has no sharpness-aware step: use 1 with larger batches"
+            )
         elif self.accelerator.scaler is not None:
             problem = "fp16 scales the loss, which the minimizer does not know: use bf16 or float32"
         elif self.args.n_gpu > 1:
-            problem = f"{self.args.n_gpu} GPUs in one process have no sharpness-aware step: start one process a GPU"
-        elif str(getattr(self.accelerator.distributed_type, "name", "")) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+            problem = (
+                f"{self.args.n_gpu} GPUs in one process have no sharpness-aware step: start one process a GPU"
+            )
+        elif str(getattr(self.accelerator.distributed_type, "name", "")) in (
+            "DEEPSPEED",
+            "FSDP",
+            "MEGATRON_LM",
+        ):
             kind = self.accelerator.distributed_type.name
             problem = f"{kind} shards the weights that are to be perturbed: use DistributedDataParallel"
         if problem is not None:

@@ -94,7 +94,9 @@ def check_same(one: nn.Module, other: nn.Module, before: nn.Module) -> None:
     assert any(not torch.equal(value, start[name]) for name, value in expected.items())
 
 
-def test_plain_loop_is_moved_by_the_ascent(quantized: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+def test_plain_loop_is_moved_by_the_ascent(
+    quantized: nn.Module, batches: list[tuple[Tensor, Tensor]]
+) -> None:
     """Control: the comparisons can fail, and a radius of 0 is plain training."""
     ascended, plain, none = (own_loop(quantized, batches, name)[0] for name in ("saq", "qat", "saq, rho=0"))
 

@@ -52,9 +52,7 @@ class TensorBoard(Tracker):
             self._text("artifacts", "\n".join(f"- {path}" for path in end.artifacts), end.step)
         status = api_pb2.STATUS_SUCCESS if end.status == "finished" else api_pb2.STATUS_FAILURE
         about = metadata.create_summary_metadata(
-            plugin_data_pb2.HParamsPluginData(
-                session_end_info=plugin_data_pb2.SessionEndInfo(status=status)
-            )
+            plugin_data_pb2.HParamsPluginData(session_end_info=plugin_data_pb2.SessionEndInfo(status=status))
         )
         self._summary(Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about)]))
         self._writer.close()

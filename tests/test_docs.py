@@ -31,6 +31,7 @@ TABLES = {
     "SEARCHERS": "searchers",
     "STYLES": "export",
     "INSTRUMENTS": "analysis",
+    "TRACKERS": "runs/trackers",
 }
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

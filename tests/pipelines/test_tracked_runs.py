@@ -115,6 +115,19 @@ def test_search_is_recorded(options: tuple[object, ...], tmp_path: Path) -> None
     assert found.status == STATUSES["tensorboard"]["finished"]
 
 
+def test_rerun_records_nothing(options: tuple[object, ...], tmp_path: Path) -> None:
+    needs("tensorboard")
+    run = tmp_path / "run"
+    torch.manual_seed(1)  # random weights are not seeded by the run
+    answer("search", *NETWORK, *options, "--budget", "w4a4", "--track", "tensorboard", "--run-dir", run)
+    torch.manual_seed(1)
+    assert answer("rerun", run)["identical"]
+
+    assert (run / "trackers.json").is_file()
+    assert not (tmp_path / "run-rerun" / "trackers.json").exists()
+    assert RunDirectory.open(tmp_path / "run-rerun").config().run.track == ()
+
+
 def test_missing_tool_is_refused_before_anything(
     options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

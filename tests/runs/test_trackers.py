@@ -48,6 +48,14 @@ def start(path: Path, *names: str, resume: bool = False, notes: list[str] | None
     return run
 
 
+def end_early(run: RunDirectory, error: BaseException, *lines: dict[str, Any]) -> None:
+    """Log the lines, then raise the error."""
+    with run.recorded():
+        for line in lines:
+            run.log(**line)
+        raise error
+
+
 class Memory(Tracker):
     """Keeps everything, prints, draws random numbers, and fails when it is told to."""
 
@@ -96,10 +104,8 @@ def test_tracker_keeps_its_contract(
     needs(name)
     notes: list[str] = []
     run = start(tmp_path / "run", name, notes=notes)
-    with pytest.raises(SaqError), run.recorded():
-        for line in BEFORE:
-            run.log(**line)
-        raise SaqError("stop")
+    with pytest.raises(SaqError):
+        end_early(run, SaqError("stop"), *BEFORE)
     again = start(tmp_path / "run", name, resume=True, notes=notes)
     with again.recorded():
         again.finish({"top1": 1.0})
@@ -135,9 +141,8 @@ def test_reader_finds_how_a_run_ended(
 ) -> None:
     needs(name)
     run = start(tmp_path / "run", name)
-    with pytest.raises(SaqError), run.recorded():
-        run.log(**BEFORE[0])
-        raise error
+    with pytest.raises(SaqError):
+        end_early(run, error, BEFORE[0])
 
     (found,) = READERS[name](run.path, home)
     assert found.status == STATUSES[name][status]
@@ -148,12 +153,11 @@ def test_reader_finds_how_a_run_ended(
 def test_resumed_run_repeats_no_step(name: str, home: Path, tmp_path: Path) -> None:
     needs(name)
     run = start(tmp_path / "run", name)
-    with pytest.raises(SaqError), run.recorded():
-        for line in BEFORE:
-            run.log(**line)
-        run.save_checkpoint({"epoch": 1})
-        run.log(**LOST)
-        raise SaqError("stop")
+    for line in BEFORE:
+        run.log(**line)
+    run.save_checkpoint({"epoch": 1})
+    with pytest.raises(SaqError):
+        end_early(run, SaqError("stop"), LOST)
     again = start(tmp_path / "run", name, resume=True)
     with again.recorded():
         for line in AFTER:
@@ -253,8 +257,10 @@ def test_wrong_trackers_are_refused_together(memory: type[Memory], monkeypatch: 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"schema_version": 2}', '{"runs": {"memory": {"id": ""}}}', '{"runs": {"memory": 3}}']
-    + ['{"runs": {"memory": {"id": "a", "lines": -1}}}', '{"more": 1}'],
+    [
+        *("{", "[]", '{"schema_version": 2}', '{"runs": {"memory": {"id": ""}}}', '{"runs": {"memory": 3}}'),
+        *('{"runs": {"memory": {"id": "a", "lines": -1}}}', '{"more": 1}'),
+    ],
 )
 def test_damaged_file_is_refused_with_its_name(memory: type[Memory], text: str, tmp_path: Path) -> None:
     run = start(tmp_path / "run", "memory")

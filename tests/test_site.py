@@ -84,6 +84,7 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
         for target in seen.loaded:
             assert not re.match(r"(https?:)?//", target), f"{page.name} loads {target}"
             assert (page.parent / target.partition("?")[0]).is_file(), f"{page.name} lacks {target}"
+        assert 'class="mermaid"' not in page.read_text(encoding="utf-8")  # drawn by a script from elsewhere
         for link in filter(None, seen.links):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
     for sheet in site.rglob("*.css"):

@@ -6,6 +6,7 @@ fences such as ``python run.py``                       a block with that title
 fences ``math`` and inline formulas                    MathML, made here, so that no script is loaded
 notebooks                                              Markdown, with the outputs that they hold
 the word of a folder in the navigation                 the folder's pages
+options in running text                                not broken at their hyphens
 """
 
 import base64
@@ -32,6 +33,8 @@ FENCE = re.compile(r"^( *)(```+)(\w*)([^\n]*)\n(.*?)^\1\2[ ]*$", re.MULTILINE | 
 FORMULA = re.compile(r"\$`([^`\n]+)`\$")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 MARK = "\0{}\0"
+CODE = re.compile(r"<code>[^<\n]*</code>")
+OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -68,6 +71,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     source = page.file.src_uri
     text = LINK.sub(lambda match: _link(match, source, files), text)
     return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], text)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Options in running text in one piece: browsers break lines behind hyphens."""
+    return CODE.sub(lambda match: OPTION.sub(r"<span class=\"whole\">\g<0></span>", match[0]), html)
 
 
 def notebook(path: Path) -> tuple[str, dict[str, bytes]]:

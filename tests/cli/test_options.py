@@ -40,7 +40,10 @@ RUN = (
     "--config --deterministic --device --dry-run --overwrite --recipe --resume --run-dir --seed "
     f"--set {GENERAL}"
 )
-IMAGES = "--bad-images --batch-size --class-map --class-order --data --exif-transpose --no-exif-transpose --split --workers"
+IMAGES = (
+    "--bad-images --batch-size --class-map --class-order --data --exif-transpose --no-exif-transpose --split "
+    "--workers"
+)
 NETWORK = (
     "--in-chans --input-size --mean --model-kwargs --no-pretrained --num-classes --pretrained --std --weights "
     "--weights-key"

@@ -183,7 +183,8 @@ class DataSection(_Section):
     path: Annotated[
         str | None,
         Option(
-            "Folder of `train/` and `val/` with a folder per class; or timm's `torch/cifar100`, `hfds/NAME`, `wds/DIR`",
+            "Folder of `train/` and `val/` with a folder per class; the same as a tar or zip, as a CSV of files and "
+            "classes, as parquet or arrow, or CIFAR's pickles; or timm's `torch/cifar100`, `hfds/NAME`, `wds/DIR`",
             "DIR",
             names=("data",),
         ),
@@ -195,6 +196,14 @@ class DataSection(_Section):
             "With it, `data.path` is needed only to train and to measure accuracy",
             "PATH",
             "training images",
+        ),
+    ] = None
+    split: Annotated[
+        str | None,
+        Option(
+            "Split that accuracy is measured on, by its name in the data",
+            "NAME",
+            "the first of val, validation and test",
         ),
     ] = None
     batch_size: Annotated[Positive, Option("Images per training step", "N")] = 128
@@ -252,10 +261,9 @@ class DataSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the images for calibration only if they are set."""
-        return {
-            key: value for key, value in handler(self).items() if key != "calibration" or value is not None
-        }
+        """JSON has the images for calibration and the split only if they are set."""
+        unused = {name for name in ("calibration", "split") if getattr(self, name) is None}
+        return {key: value for key, value in handler(self).items() if key not in unused}
 
 
 class QuantizationSection(_Section):

@@ -87,7 +87,8 @@ def with_instruments(command: Callable[..., None]) -> Callable[..., None]:
 
 @reporting
 @o.with_settings(
-    *("quantization.bits", "quantization.policy", *o.IMAGES, *o.FLOAT_MODEL, "run.device"),
+    *("quantization.bits", "quantization.policy"),
+    *(setting for setting in (*o.IMAGES, *o.FLOAT_MODEL, "run.device") if setting != "data.split"),
     o.adapted("training.rho", default="that of training at these bits", panel=MEASURING),
     o.adapted("training.rho_unit", panel=MEASURING),
     o.adapted("quantization.candidates", help="Bit-widths of the sensitivity", panel=MEASURING),
@@ -134,7 +135,7 @@ def analyze_command(
     split: Annotated[
         str,
         typer.Option(
-            metavar="train|val",
+            metavar="train|val|NAME",
             help="Split that they come from",
             rich_help_panel=DATA,
             autocompletion=lambda: ["train", "val"],
@@ -228,9 +229,6 @@ def analyze_command(
             "--bits and --policy belong to a model, and none was named: give its name as SOURCE"
         )
     source = r.chosen_run(source, "a model", models=True, json_output=json_output, quiet=quiet)
-    if split not in ("train", "val"):
-        problems.add(ConfigError(f"--split {split} is not known: choose train or val"))
-        split = "train"
     chosen = (
         tuple(TABLE)
         if everything
@@ -251,6 +249,8 @@ def analyze_command(
     }
     settings = {name: value for name, value in wanted.items() if value is not None}
     data = r.images_for(given, source, json_output=json_output, quiet=quiet)
+    if split not in ("train", "val"):
+        data, split = data.model_copy(update={"split": split}), "val"
     request = Request(
         source=source,
         selection=ImageSelection(data, split, images, seed),  # type: ignore[arg-type]

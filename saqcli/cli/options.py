@@ -57,7 +57,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of 
 
 # Settings for the images of a finished network, and for a float network.
 IMAGES = (
-    *("data.path", "data.eval_batch_size", "data.workers", "data.bad_images"),
+    *("data.path", "data.split", "data.eval_batch_size", "data.workers", "data.bad_images"),
     *("data.class_order", "data.class_map", "data.exif_transpose"),
 )
 FLOAT_MODEL = (

@@ -21,7 +21,12 @@ MEASURE = "Latency on this machine"
 @reporting
 @o.with_settings(
     *("quantization.bits", "quantization.policy", "quantization.candidates", "quantization.target"),
-    *("quantization.bops", "quantization.size"),
+    o.adapted(
+        "quantization.bops",
+        help="Budget of bit-operations for one image: `34G`, `5e8`, `w4a4` for the cost of 4 bits everywhere, or `50%` "
+        "of that of 8 bits everywhere",
+    ),
+    "quantization.size",
     "quantization.quantize_attention",
     *("model.weights", "model.weights_key"),
     o.adapted(

@@ -10,7 +10,7 @@ import typer
 from saqcli.cli.console import print_json, progress_for
 from saqcli.cli.options import Given, folder_of_bits, folder_of_model
 from saqcli.config import DataSection, RunConfig, resolve_into
-from saqcli.errors import ConfigError, DataError, InfeasibleBudget, RunDirectoryError
+from saqcli.errors import ConfigError, InfeasibleBudget, RunDirectoryError, SaqError
 from saqcli.option import EXPORT, RUN
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def images_for(
     if "data.path" not in given and (path / "manifest.json").is_file():
         try:
             of_run = data_of_run(RunDirectory.open(path))
-        except DataError as error:
+        except SaqError as error:
             if not optional:
                 given.problems.add(error)
                 return given.data(DataSection(path=str(path)))  # which is not opened

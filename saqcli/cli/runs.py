@@ -20,7 +20,7 @@ def runs_command(
         str | None,
         typer.Argument(
             metavar="ACTION",
-            help="list runs (the default), show one, rm (remove) some, or compare two",
+            help="What to do: list (the default), show one, rm (remove) some, or compare two",
             autocompletion=lambda: list(ACTIONS),
         ),
     ] = None,
@@ -36,7 +36,9 @@ def runs_command(
     json_output: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """List the runs in a folder, newest first: network, bits, top-1, BOPs, state and age.
+    """List the runs in a folder, show or compare them, or remove them: network, bits, top-1, BOPs, state, age.
+
+    The last one that was written to comes first.
 
     Example: `saq runs`
 

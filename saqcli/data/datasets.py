@@ -1,8 +1,9 @@
 """Data sets by name: opening, subsets and fingerprints.
 
-A name is the path of an ImageNet-style folder (see ``folders``), or one of timm's strings such as ``torch/cifar100``,
-``hfds/NAME`` or ``wds/DIR``; ``@ROOT`` after it sets where the data set is stored (default: the current folder for
-torch/ and tfds/, Hugging Face's cache for hfds/). Only hfds/ and remote wds/ data are downloaded.
+A name is the path of an ImageNet-style folder (see ``folders``), of data in another form (see ``forms``), or one of
+timm's strings such as ``torch/cifar100``, ``hfds/NAME`` or ``wds/DIR``; ``@ROOT`` after it sets where the data set is
+stored (default: the current folder for torch/ and tfds/, Hugging Face's cache for hfds/). Only hfds/ and remote wds/
+data are downloaded.
 
 A ``Split`` holds images and labels; ``loaders`` feeds them to a network.
 
@@ -25,8 +26,10 @@ import numpy as np
 from saqcli.data.archives import Shards, read_split
 from saqcli.data.cache import ImageCache
 from saqcli.data.folders import SplitName, find_images, find_split, is_split_name
-from saqcli.data.images import ImageSet, ImageStream
-from saqcli.data.unlabelled import LooseFiles, TarMembers, find_unlabelled
+from saqcli.data.forms import find_form
+from saqcli.data.forms.labelled import Labelled
+from saqcli.data.images import ImageSet, ImageStream, check_label
+from saqcli.data.unlabelled import find_unlabelled
 from saqcli.errors import DataError
 from saqcli.serialization import named_path, some
 from saqcli.tasks.class_lists import find_class_lists, read_class_map
@@ -87,8 +90,9 @@ def open_split(
 
     Args:
         data: a folder with train/ and val/ (or validation/, test/), each with a folder per class; for ``val``
-            also the folder of class folders itself; or one of timm's strings, ``PREFIX/NAME[@ROOT]``.
-        split: the part to open.
+            also the folder of class folders itself; data in another form; or one of timm's strings,
+            ``PREFIX/NAME[@ROOT]``.
+        split: the part to open: ``train``, ``val``, or another by the name that the data gives it.
         num_classes: the network's number of classes, or all that is known of its classes.
         bad_images: see ``Split``; the readers of hfids/ and tfds/ ignore it.
         class_order: ``timm``, ``torchvision`` or a file of class names, if the user sets one.
@@ -108,7 +112,11 @@ def open_split(
         opened = _open_named(data, split, classes, class_order, class_map)
     else:
         skipped = bad_images != "refuse"
-        opened = _open_folder(named_path(data), split, classes, class_order, class_map, dead_images=skipped)
+        path = named_path(data)
+        if (form := find_form(path, split, dead_images=skipped)) is not None:
+            opened = _open_form(form(), classes, class_order, class_map)
+        else:
+            opened = _open_folder(path, split, classes, class_order, class_map, dead_images=skipped)
     dataset = replace(opened.dataset, exif_transpose=exif_transpose)
     return replace(opened, dataset=dataset, bad_images=bad_images)
 
@@ -160,6 +168,29 @@ def _open_folder(
     source = [(file, labels[name]) for name, files in images.items() for file in files]
     dataset = ImageSet(source, [label for _, label in source], classes.count, str(folder))
     return _numbered(Split(str(folder), dataset, (), notes=(*notes, *passed_over)), numbering)
+
+
+def _open_form(found: Labelled, classes: Classes, order: str | None, class_map: str | None) -> Split:
+    """A split of data in another form than class folders, numbered as class folders are."""
+    dataset = ImageSet(found.source, found.labels, classes.count, found.title)
+    plain = Split(found.title, dataset, (), notes=found.notes)
+    if not found.names:
+        relabelled = _by_number(plain, classes, order, class_map)
+        relabel = relabelled.dataset.relabel
+        labels = [check_label(label, classes.count, found.title, relabel) for label in found.labels]
+        return replace(relabelled, dataset=replace(dataset, labels=labels, relabel=relabel))
+    numbering = assign_labels(
+        list(found.names),
+        classes,
+        found.title,
+        order=order,
+        class_map=class_map,
+        list_files=find_class_lists(found.places),
+        in_order=found.in_order,
+    )
+    relabel = {place: numbering.labels[name] for place, name in enumerate(found.names)}
+    labels = [relabel[label] for label in found.labels]
+    return _numbered(replace(plain, dataset=replace(dataset, labels=labels, relabel=relabel)), numbering)
 
 
 def _numbered(split: Split, numbering: Numbering) -> Split:
@@ -301,7 +332,7 @@ def _open_shards(
     """Open tar files in timm's layout, whose labels are numbers."""
     name, _, root = data.partition("@")
     root = os.path.expanduser(root or name.partition("/")[2])
-    found, parts = read_split(root, _SPLIT_SYNONYMS[split], data)
+    found, parts = read_split(root, _SPLIT_SYNONYMS.get(split, (split,)), data)
     title = f"{data} ({found})"
     return _by_number(
         Split(title, ImageStream(Shards(root, parts), classes.count, title), ()), classes, order, class_map
@@ -341,7 +372,7 @@ def _open_named(
     prefix = name.partition("/")[0].lower()
     where = root or {"hfds": None, "hfids": None}.get(prefix, ".")
     failures = []
-    for synonym in _SPLIT_SYNONYMS[split]:
+    for synonym in _SPLIT_SYNONYMS.get(split, (split,)):
         try:
             opened = create_dataset(
                 name, root=where, split=synonym, is_training=split == "train", download=False
@@ -398,7 +429,9 @@ def check_split_exists(data: str, split: SplitName) -> None:
     """
     prefix = data.partition("/")[0].lower()
     if prefix not in (_SHARDED, *_RANDOM_ACCESS, *_STREAMED) or named_path(data).exists():
-        find_split(named_path(data), split)
+        path = named_path(data)
+        if find_form(path, split) is None:
+            find_split(path, split)
 
 
 def fingerprint(split: Split) -> str:
@@ -450,7 +483,7 @@ def _lines(split: Split) -> Iterator[str]:
             yield f"{part.file}\0{part.images}\0{part.start}\0{part.stop}"
         return
     dataset = split.dataset
-    if isinstance(dataset, ImageSet) and isinstance(dataset.source, LooseFiles | TarMembers):
+    if isinstance(dataset, ImageSet) and hasattr(dataset.source, "lines"):
         yield from dataset.source.lines()
         return
     if isinstance(dataset, ImageSet) and isinstance(dataset.source, list):

@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from saqcli.errors import DataError
 from saqcli.serialization import natural_key, printable, some
 from saqcli.units import counted
 
-SplitName = Literal["train", "val"]
+SplitName = str  # ``train``, ``val``, or the name of another split
 
 # The list of torchvision.datasets.folder; timm reads only .png, .jpg and .jpeg.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -50,7 +50,8 @@ def find_split(data: Path, split: SplitName, notes: list[str] | None = None) -> 
     """The folder in ``data`` with the class folders of ``split``.
 
     For ``val`` this is the first of val/, validation/ and test/, or ``data`` itself if it has no splits. If none of
-    these exists, a single folder with such a name in other case, training/, valid/ or testing/ is accepted.
+    these exists, a single folder with such a name in other case, training/, valid/ or testing/ is accepted. Another
+    split is the folder of that name.
 
     Args:
         data: folder of the data set.
@@ -62,6 +63,13 @@ def find_split(data: Path, split: SplitName, notes: list[str] | None = None) -> 
     """
     _check_folder(data)
     there = sorted(entry.name for entry in _list(data) if entry.name[0] != "." and _is_folder(entry))
+    if split not in _NAMES:
+        if split in there:
+            return data / split
+        raise DataError(
+            f"{data} has no folder {printable(split, 60)}/{f' (it has {some(there)})' if there else ''}: give a split "
+            "that it has"
+        )
     if (found := _split_folder(data, split)) is not None:
         others = [name for name in there if name.lower() in ("valid", "validation") and name != found.name]
         if found.name == "test" and others and notes is not None:
@@ -303,7 +311,10 @@ def _check_folder(folder: Path) -> None:
     if os.path.isdir(folder):
         return
     if os.path.exists(folder):
-        raise DataError(f"{folder} is a file: give a folder (unpack an archive first)")
+        raise DataError(
+            f"{folder} is a file: give a folder, a tar or zip of class folders, a .csv of files and classes, a "
+            ".parquet or an .arrow"
+        )
     if os.path.islink(folder):
         raise DataError(f"{folder} is a broken link ({os.readlink(folder)}): give an existing folder")
     parent = folder.absolute().parent

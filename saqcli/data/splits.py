@@ -337,6 +337,11 @@ def open_named(
     return opened
 
 
+def scored_split(section: DataSection, split: str) -> str:
+    """The name of a split in the data: ``data.split`` in the place of ``val``, if it is set."""
+    return section.split if split == "val" and section.split is not None else split
+
+
 def _open(
     section: DataSection,
     split: Literal["train", "val"],
@@ -347,7 +352,7 @@ def _open(
 ) -> Split:
     opened = open_split(
         data_path(section),
-        split,
+        scored_split(section, split),
         num_classes=classes,
         bad_images=section.bad_images,
         class_order=section.class_order,

@@ -114,11 +114,11 @@ def find_unlabelled(path: Path, *, dead_images: bool = False) -> tuple[Unlabelle
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}): {GIVE}") from None
     if is_tar:
-        return _members(path), ()
+        return tar_members(path), ()
     return _listed(path, dead_images=dead_images), ()
 
 
-def _members(path: Path) -> TarMembers:
+def tar_members(path: Path) -> TarMembers:
     """The image files in a tar; links, hidden files and all others are ignored."""
     try:
         with tarfile.open(path, "r:") as archive:
@@ -129,7 +129,7 @@ def _members(path: Path) -> TarMembers:
                     if member.isreg()
                     and not member.issparse()
                     and is_image(member.name)
-                    and _shown(member.name)
+                    and is_shown(member.name)
                 ),
                 key=lambda each: natural_key(each[0]),
             )
@@ -150,8 +150,10 @@ def _members(path: Path) -> TarMembers:
     )
 
 
-def _shown(name: str) -> bool:
-    return not any(part.startswith(".") for part in name.removeprefix("./").split("/"))
+def is_shown(name: str) -> bool:
+    """Whether no part of the name of a member is hidden, as those that macOS adds to archives."""
+    parts = name.removeprefix("./").split("/")
+    return parts[0] != "__MACOSX" and not any(part.startswith(".") and part != ".." for part in parts)
 
 
 def _is_compressed(path: Path) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from saqcli.api.sources import check_not_run
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import check_split_exists
-from saqcli.data.splits import data_path
+from saqcli.data.splits import data_path, scored_split
 from saqcli.data.unlabelled import check_unlabelled
 from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
@@ -120,7 +120,7 @@ def check_images(section: DataSection, *splits: Literal["train", "val"], files: 
     path = problems.attempt(data_path, section)
     if path is not None:
         for split in splits:
-            problems.attempt(check_split_exists, path, split)
+            problems.attempt(check_split_exists, path, scored_split(section, split))
     problems.check()
 
 

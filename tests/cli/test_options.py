@@ -42,7 +42,10 @@ RUN = (
     "--config --deterministic --device --dry-run --overwrite --recipe --resume --run-dir --seed "
     f"--set --track {GENERAL}"
 )
-IMAGES = "--bad-images --batch-size --class-map --class-order --data --exif-transpose --no-exif-transpose --workers"
+IMAGES = (
+    "--bad-images --batch-size --class-map --class-order --data --exif-transpose --no-exif-transpose --split "
+    "--workers"
+)
 NETWORK = (
     "--in-chans --input-size --mean --model-kwargs --no-pretrained --num-classes --pretrained --std --weights "
     "--weights-key"

@@ -319,7 +319,7 @@ class TestErrors:
             (["saq/resnet20", "--bits", "9", "--no-pretrained", "--data", "x"], 1, "2 to 8"),
             (["saq/resnet20", "--bits", "4", "--grid", "10", "--data", "x"], 1, "11"),
             (["saq/resnet20", "--bits", "4", "--grid", "1", "--data", "x"], 2, "3"),
-            (["saq/resnet20", "--bits", "4", "--split", "all", "--data", "x"], 1, "train or val"),
+            (["saq/resnet20", "--bits", "4", "--split", "all", "--data", "x"], 1, "no folder x"),
             (["saq/resnet20", "--bits", "4", "--rho", "-1", "--data", "x"], 1, "rho"),
             (["saq/resnet20", "--bits", "4", "--rho-unit", "feet", "--data", "x"], 1, "rho_unit"),
             (["saq/resnet20", "--bits", "4", "--candidates", "1,2", "--data", "x"], 1, "candidates"),

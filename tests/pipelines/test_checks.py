@@ -90,7 +90,7 @@ def images(tmp_path: Path) -> Path:
             "eval resnet18 --bench --threads 0 --batch-sizes x --data nosuch",
             ["--batch-sizes x", "no folder nosuch"],
         ),
-        ("analyze resnet18 --split test --grid 4", ["--split test", "give --bits 4", DATA, "--grid 4"]),
+        ("analyze resnet18 --split test --grid 4", ["give --bits 4", DATA, "--grid 4"]),
         (
             "analyze resnt18 --bits 9 --against nosuch",
             ["did you mean", "--bits 9", "directory or file nosuch", DATA],

@@ -259,3 +259,14 @@ def test_kind_of_error_is_kept(tmp_path: Path) -> None:
     assert caught.value.exit_code == 4
     assert "with `candidates`" in str(caught.value)
     assert caught.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("searcher", ["fisher", "swaps"])
+def test_search_without_labels_compares_with_float(searcher: str) -> None:
+    unlabelled = [images for images, _ in batches()]
+    found = saq.search(build(NAME), "w4a4", unlabelled, searcher=searcher, candidates=(2, 4, 6))
+    assert found.budget.admits(found.cost)
+    assert all(math.isnan(score.top1) for score in found.result.scored)
+    assert "needs labelled images" in message(
+        lambda: saq.search(build(NAME), "w4a4", unlabelled, searcher="hawq"), SaqError
+    )

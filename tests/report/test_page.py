@@ -275,7 +275,8 @@ def test_code_for_onnx_runtime_runs(
 
     shown, logit = capsys.readouterr().out.split()
     model = saqcli.load(runs / "run")
-    mean, std = (float(saqcli.info(runs / "run").preprocessing[key][0]) for key in ("mean", "std"))
+    known = json.loads((runs / "run" / "network.json").read_text())["preprocessing"]
+    mean, std = known["mean"][0], known["std"][0]
     pixels = np.asarray(Image.open(image).convert("L"), np.float32)[None, None] / 255
     with torch.no_grad():
         logits = model(torch.from_numpy((pixels - mean) / std))[0]

@@ -361,7 +361,8 @@ def test_table_sorts(pages: dict[str, Path]) -> None:
 @in_browser
 def test_control_sees_overflow_and_faint_text(pages: dict[str, Path], tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
-    faint = '<p style="width: 3000px; max-width: none; color: #ccc; background: #fff">faint</p><img src="missing.png" alt="x"></body>'
+    style = "width: 3000px; max-width: none; color: #ccc; background: #fff"
+    faint = f'<p style="{style}">faint</p><img src="missing.png" alt="x"></body>'
     bad.write_text(pages["searched"].read_text().replace("</body>", faint))
 
     found = look_at(bad, 390)

@@ -36,13 +36,14 @@ from saqcli.export.model_metadata import properties
 from saqcli.export.tracing import INPUT, OUTPUT
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.models.weights import load_into, read_weights
-from saqcli.pipelines.analyze import AnalysisFolder, SubjectMetadata
+from saqcli.pipelines.analyze import AnalysisFolder
 from saqcli.pipelines.bits import read_policy
 from saqcli.pipelines.predictors import open_onnx
 from saqcli.pipelines.setup import Network, load_float, wrap_and_trace
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, LayerBits, uniform
 from saqcli.quant.convert import Scheme
+from saqcli.report.analysis_file import SubjectMetadata
 from saqcli.runs.directory import RunDirectory, RunManifest
 from saqcli.serialization import named_path
 from saqcli.verify.runtime import open_file, runner

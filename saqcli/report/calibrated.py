@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from saqcli._version import __version__
 from saqcli.analysis.distributions import Operand, operand_of
+from saqcli.errors import ConfigError
 from saqcli.models.preprocessing import Preprocessing
 from saqcli.quant.bits import BitConfig
 from saqcli.quant.calibration import InputStatistics
@@ -78,6 +79,14 @@ class CalibratedNetwork(BaseModel):
     classes: Count
     preprocessing: dict[str, Any]
     layers: list[CalibratedLayer]
+
+    @field_validator("preprocessing")
+    @classmethod
+    def _is_preprocessing(cls, values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return Preprocessing.from_dict(values).to_dict()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 def write_network(

@@ -23,6 +23,7 @@ from saqcli.report.page.page import page_of, write_page
 from saqcli.runs.directory import RunDirectory
 from tests.support.browser import CHROMIUM, look_at
 from tests.support.command_line import answer, last_error, saq
+from tests.support.mutations import texts_of
 from tests.support.reported import make_runs
 
 PARTS = ("stages", "bits", "training", "front", "layers", "analysis", "answers", "proof", "deploy", "repeat")
@@ -177,6 +178,27 @@ def test_analysis_of_a_file_has_a_page_of_its_own(run: Path, digits: Path, tmp_p
 
     assert parts((out / "report.html").read_text()) == ["analysis"]
     assert answer("report", out) == {"page": str(out / "report.html"), "runs": [str(out)]}
+
+
+FILES = """
+    manifest.json network.json answers.json search.json scores.json pareto.json artifacts/model.verdict.json
+    analysis/sensitivity.json analysis/landscape.json analysis/distributions.json
+""".split()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_mutated_files_are_refused_or_shown(run: Path, name: str) -> None:
+    tree = json.loads((run / name).read_text())
+    made = 0
+
+    for changed in texts_of(tree, 12):
+        (run / name).write_bytes(changed)
+        try:
+            made += bool(parts(page_of([run])))
+        except RunDirectoryError:
+            continue
+
+    assert made < 12
 
 
 def test_page_of_a_run_without_labels(run: Path) -> None:
@@ -361,7 +383,8 @@ def test_table_sorts(pages: dict[str, Path]) -> None:
 @in_browser
 def test_control_sees_overflow_and_faint_text(pages: dict[str, Path], tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
-    faint = '<p style="width: 3000px; color: #ccc; background: #fff">faint</p><img src="missing.png" alt="x"></body>'
+    style = "width: 3000px; max-width: none; color: #ccc; background: #fff"
+    faint = f'<p style="{style}">faint</p><img src="missing.png" alt="x"></body>'
     bad.write_text(pages["searched"].read_text().replace("</body>", faint))
 
     found = look_at(bad, 390)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from saqcli.analysis import INSTRUMENTS, Reading
 from saqcli.config import RunConfig
@@ -24,6 +24,8 @@ from saqcli.serialization import parse_json, parse_object, read_text
 File = TypeVar("File", bound=BaseModel)
 ANALYSIS = "analysis"  # folder of the readings in a run directory
 Figure = float | None
+Percent = Annotated[float, Field(ge=0, le=100)] | None
+Count = Annotated[int, Field(ge=0)]
 
 
 class _Lenient(BaseModel):
@@ -36,10 +38,10 @@ class StageRow(_Lenient):
     """A stage of a quantization."""
 
     stage: str
-    top1: Figure
-    top5: Figure
+    top1: Percent
+    top5: Percent
     loss: Figure
-    agreement: Figure = None
+    agreement: Percent = None
     seconds: Figure = None
 
 
@@ -47,28 +49,28 @@ class QuantizeFigures(_Lenient):
     """The results of ``saq quantize``, see ``QuantizeResult``."""
 
     model: str
-    top1: Figure
-    top5: Figure
+    top1: Percent
+    top5: Percent
     loss: Figure = None
-    agreement: Figure = None
-    images: int
+    agreement: Percent = None
+    images: Count
     scored_on: Literal["validation", "held out", "calibration"] = "validation"
-    float_top1: Figure
-    float_top5: Figure = None
-    calibrated_top1: Figure = None
+    float_top1: Percent
+    float_top5: Percent = None
+    calibrated_top1: Percent = None
     stages: list[StageRow] = []
-    epochs: int = 0
-    last_top1: Figure = None
+    epochs: Count = 0
+    last_top1: Percent = None
     best_epoch: int | None = None
-    best_top1: Figure = None
-    exported_epoch: int = 0
+    best_top1: Percent = None
+    exported_epoch: Count = 0
     advice: str | None = None
-    bops: int
-    float_bops: int
+    bops: Count
+    float_bops: Count
     budget_bops: int | None = None
     budget_bytes: int | None = None
-    size_bytes: int
-    float_size_bytes: int
+    size_bytes: Count
+    float_size_bytes: Count
     policy: dict[str, LayerBits]
     accuracy: AccuracyRow | None = None
 
@@ -85,7 +87,7 @@ class Metric(_Lenient):
     """A line of ``metrics.jsonl``."""
 
     phase: str
-    epoch: int | None = None
+    epoch: Count | None = None
     loss: Figure = None
     top1: Figure = None
     top5: Figure = None

@@ -118,8 +118,8 @@ def _sparks(layer: LayerDistributions) -> tuple[Markup, Markup]:
 
 def _sensitivity(run: Contents, reading: object) -> tuple[dict[str, float], str | None]:
     """The sensitivity of every layer, by analysis or by the search, and what it is."""
-    if isinstance(reading, SensitivityReading) and reading.layers:
-        lowest = min(one.bits for one in reading.layers[0].candidates)
+    if isinstance(reading, SensitivityReading) and any(layer.candidates for layer in reading.layers):
+        lowest = min(one.bits for layer in reading.layers for one in layer.candidates)
         found = {
             layer.name: one.loss_change
             for layer in reading.layers
@@ -129,7 +129,9 @@ def _sensitivity(run: Contents, reading: object) -> tuple[dict[str, float], str 
         return found, f"Sensitivity: rise of the loss with this layer alone at {lowest} bits."
     if run.scores is not None:
         found = {
-            name: max(losses.values()) - min(losses.values()) for name, losses in run.scores.losses.items()
+            name: max(losses.values()) - min(losses.values())
+            for name, losses in run.scores.losses.items()
+            if losses
         }
         return found, (
             f"Sensitivity: what searcher {run.scores.searcher} counts for this layer at its fewest bits, above that at "

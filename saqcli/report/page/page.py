@@ -19,7 +19,7 @@ from saqcli.report.page.contents import read_analysis, read_run
 from saqcli.report.page.head import points
 from saqcli.report.page.sections import analysis, sections
 from saqcli.runs.directory import RunDirectory
-from saqcli.serialization import make_folder, write_text
+from saqcli.serialization import make_folder, printable, write_text
 from saqcli.units import format_duration, format_quantity
 
 NAME, OF_SEVERAL = "report.html", Path("comparison.html")
@@ -61,6 +61,17 @@ def try_page(folder: Path, progress: Progress) -> bool:
 
 def page_of(folders: Sequence[Path]) -> str:
     """The text of the page; arguments and errors as for ``write_page``."""
+    try:
+        return _page_of(folders)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # files that were changed by hand
+        named = ", ".join(map(str, folders))
+        raise RunDirectoryError(
+            f"no page can be made of {named}: its files hold figures that contradict each other "
+            f"({printable(repr(error), 200)}); make the run again"
+        ) from error
+
+
+def _page_of(folders: Sequence[Path]) -> str:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError(
             "the same run is given twice: give different runs, or a single one for its own page"

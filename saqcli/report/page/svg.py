@@ -72,13 +72,13 @@ def spread(
     """A scale that holds all values, with some room at both ends.
 
     Args:
-        values: finite, at least one; above 0 if ``log``.
+        values: finite, at least one.
         start: pixel of the least.
         end: pixel of the greatest.
-        log: as in ``Scale``.
+        log: as in ``Scale``; values below 1 count as 1.
         room: at each end, as a share of the range.
     """
-    found = list(values)
+    found = [max(value, 1.0) for value in values] if log else list(values)
     low, high = min(found), max(found)
     if log:
         a, b = math.log10(low), math.log10(high)

@@ -88,16 +88,18 @@ class SAQLightningMixin:
             self._saq_passes += 1
             self._saq_loss = None
             closure()
-            if self._saq_loss is None:
-                raise ConfigError(
-                    "training_step returned no loss: return one, as skipping batches is not supported"
-                )
-            return self._saq_loss
+            return self._kept()
 
         try:
             self._minimizer_of(optimizer).step(loss)
         finally:
             self._saq_passes, self._saq_loss = 0, None
+
+    def _kept(self) -> Tensor:
+        """The loss that ``backward`` was given."""
+        if self._saq_loss is None:
+            raise ConfigError("training_step returned no loss: return one; batches cannot be skipped")
+        return self._saq_loss
 
     def _minimizer_of(self, optimizer: Any) -> Minimizer:
         """The minimizer of this fit: every fit has an optimizer of its own."""

@@ -88,19 +88,17 @@ class SAQLightningMixin:
             self._saq_passes += 1
             self._saq_loss = None
             closure()
-            return self._last_loss()
+            return self._kept()
 
         try:
             self._minimizer_of(optimizer).step(loss)
         finally:
             self._saq_passes, self._saq_loss = 0, None
 
-    def _last_loss(self) -> Tensor:
-        """The loss of the pass that was run last."""
+    def _kept(self) -> Tensor:
+        """The loss that ``backward`` was given."""
         if self._saq_loss is None:
-            raise ConfigError(
-                "training_step returned no loss: return one, as skipping batches is not supported"
-            )
+            raise ConfigError("training_step returned no loss: return one; batches cannot be skipped")
         return self._saq_loss
 
     def _minimizer_of(self, optimizer: Any) -> Minimizer:

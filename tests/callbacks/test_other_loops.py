@@ -120,6 +120,7 @@ def lightning_fit(
     batches: list[Any],
     method: str,
     resume: Path | None = None,
+    log: bool = True,
     **options: Any,
 ) -> Any:
     """The module after an epoch of automatic optimization on these batches."""
@@ -133,7 +134,8 @@ def lightning_fit(
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             images, labels = batch
             loss = F.cross_entropy(self.net(images), labels)
-            self.log("loss", loss)
+            if log:
+                self.log("loss", loss)
             return loss
 
         def configure_minimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Minimizer:
@@ -143,7 +145,7 @@ def lightning_fit(
             return sgd(self.net)
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.losses.append(float(self.trainer.callback_metrics["loss"]))
+            self.losses += [float(self.trainer.callback_metrics["loss"])] if log else []
 
     module = Module()
     trainer_of(lightning, folder, **options).fit(module, loader(batches), ckpt_path=resume)
@@ -239,20 +241,39 @@ def test_lightning_checkpoint_holds_the_interval(
     check_same(again, own_loop(quantized, batches, "every other")[0], quantized)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"accumulate_grad_batches": 2}, "accumulate_grad_batches=2 has no sharpness-aware step")],
-)
-def test_lightning_refuses(
-    options: dict[str, Any],
-    message: str,
-    lightning: Any,
-    net: nn.Module,
-    batches: list[Any],
-    tmp_path: Path,
+def test_lightning_refuses_accumulation(
+    lightning: Any, net: nn.Module, batches: list[Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        lightning_fit(lightning, tmp_path, net, batches, "saq", **options)
+    with pytest.raises(ConfigError, match="accumulate_grad_batches=2 has no sharpness-aware step"):
+        lightning_fit(lightning, tmp_path, net, batches, "saq", accumulate_grad_batches=2)
+
+
+def test_lightning_refuses_a_step_without_a_loss(
+    lightning: Any, net: nn.Module, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(F, "cross_entropy", lambda scores, labels: None)
+    with pytest.raises(ConfigError, match="training_step returned no loss"):
+        lightning_fit(lightning, tmp_path, net, batches, "saq", log=False)
+
+
+def test_lightning_refuses_manual_optimization_with_mixin(
+    lightning: Any, net: nn.Module, batches: list[Any], tmp_path: Path
+) -> None:
+    class Module(SAQLightningMixin, lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            images, labels = batch
+            self.manual_backward(F.cross_entropy(self.net(images), labels))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return sgd(self.net)
+
+    with pytest.raises(ConfigError, match="manual optimization needs no mixin"):
+        trainer_of(lightning, tmp_path).fit(Module(), loader(batches))
 
 
 def test_wrong_order_of_bases_is_refused(lightning: Any) -> None:

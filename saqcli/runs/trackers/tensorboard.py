@@ -1,7 +1,7 @@
 """TensorBoard: event files in the folder ``tensorboard`` of the run directory.
 
-TensorBoard shows all runs below a folder. A resumed run writes one new file with everything up to its checkpoint, in
-the place of the earlier ones, so that no step is there twice.
+TensorBoard shows all runs below a folder. A resumed run writes one new file with all lines up to its checkpoint, in
+place of the earlier ones, so that no step is there twice.
 """
 
 from collections.abc import Mapping

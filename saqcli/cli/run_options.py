@@ -113,8 +113,8 @@ def images_for(
     if images.path is None and named and (of_run is None or not optional or of_run.calibration is None):
         images = images.model_copy(update={"path": named})
         progress.note(f"images: {named} ({DATA_VARIABLE})")
-    elif of_run is not None:
-        progress.note(f"images: {images.path or images.calibration}, those of the run")
+    elif of_run is not None and (found := images.path or images.calibration) is not None:
+        progress.note(f"images: {found}, those of the run")
     return images
 
 

@@ -60,9 +60,9 @@ def test_missing_folder_suggests_similar_paths(tmp_path: Path) -> None:
 
 
 def test_file_is_not_a_data_set(tmp_path: Path) -> None:
-    (tmp_path / "val.tar").touch()
-    with pytest.raises(DataError, match="is a file"):
-        open_split(str(tmp_path / "val.tar"), "val", num_classes=10)
+    (tmp_path / "val.rar").touch()
+    with pytest.raises(DataError, match="is a file: give a folder, a tar or zip of class folders"):
+        open_split(str(tmp_path / "val.rar"), "val", num_classes=10)
 
 
 def test_folder_without_classes_lists_its_contents(tmp_path: Path) -> None:

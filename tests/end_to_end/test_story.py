@@ -175,6 +175,24 @@ def test_export_is_verified_and_not_overwritten(quantized: dict[str, Any], run: 
     assert "--overwrite" in second.stderr
 
 
+def test_export_takes_images_and_place_from_the_run(
+    quantized: dict[str, Any], run: Path, place: Path
+) -> None:
+    written = run / "artifacts" / "model-qdq.onnx"
+    try:
+        answer = saq("export", place)  # which holds this run alone
+        again = CliRunner().invoke(app, ["export", str(run)])
+        evaluated = saq("eval", run)
+    finally:
+        written.unlink(missing_ok=True)
+        written.with_name("model-qdq.verdict.json").unlink(missing_ok=True)
+
+    assert (answer["onnx"], answer["verified_on"]) == (str(written), str(place / "digits"))
+    assert answer["images"] == answer["images_available"] == evaluated["images"]
+    assert evaluated["top1"] == quantized["top1"]
+    assert f"{written} already exists: use --overwrite" in again.stderr
+
+
 def test_failed_verification_exits_3_without_file(
     quantized: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

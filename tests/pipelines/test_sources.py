@@ -88,6 +88,7 @@ def test_missing_run_suggests_similar_paths(images: Path, tmp_path: Path, config
 
 def test_non_run_folders_give_advice(images: Path, tmp_path: Path, config: RunConfig) -> None:
     run = searched(tmp_path / "place" / "found", config)
+    searched(tmp_path / "place" / "other", config)
     inside = run / "artifacts"
     inside.mkdir()
     (tmp_path / "empty").mkdir()

@@ -65,7 +65,8 @@ def measure(wanted: argparse.Namespace) -> None:
     kinds = [("random", choice) for choice in drawn]
     kinds += [(name, best_choice(space, budget, each)) for name, each in losses.items()]
     kinds += [("untied", choice) for choice in untied_uniforms(space, budget)]
-    done = {tuple(line["choice"]) for line in read(results)}
+    asked = {"budget": wanted.budget, "epochs": wanted.epochs, "lr": wanted.lr}
+    done = {tuple(line["choice"]) for line in read(results) if asked.items() <= line.items()}
     for kind, choice in kinds:
         if tuple(choice) in done:
             continue
@@ -73,7 +74,7 @@ def measure(wanted: argparse.Namespace) -> None:
         scored = scorer(choice)
         line = {
             "kind": kind,
-            "budget": wanted.budget,
+            **asked,
             "choice": list(choice),
             "bops": space.cost(choice).bops,
             **{
@@ -83,8 +84,6 @@ def measure(wanted: argparse.Namespace) -> None:
             "divergence": scored.divergence,
             "held-out loss": scored.loss,
             "held-out top-1": scored.top1,
-            "epochs": wanted.epochs,
-            "lr": wanted.lr,
             **bench.train(space.config(choice), 0),
         }
         append(results, line)

@@ -93,7 +93,8 @@ class Bench:
             "training.lr": self.wanted.lr,
             "run.seed": seed,
         }
-        assignments = dict(text.split("=", 1) for text in self.wanted.assign or [])
+        assigned = dict(text.split("=", 1) for text in self.wanted.assign or [])
+        assignments = {"training.distill": "false"} | assigned
         return resolve(options=given, assignments=assignments)
 
     def images(self, config: RunConfig) -> Images:

@@ -592,7 +592,7 @@ class TrainingSection(_Section):
     norm of the gradients. ``ema_decay`` 0 averages no weights. ``mixup`` and ``cutmix`` are the alphas of their beta
     distributions, 0 for none. ``dampening`` lets codes that oscillate settle (see ``training.dampening``).
 
-    ``distill`` None learns from the float model where all of its weights are trained.
+    ``distill`` None learns from the float model in QAT, where all of its weights are trained.
 
     ``compile``, ``memory_format`` and ``precision`` say how passes are computed (see ``training.execution``). Where
     they are ``auto``, steps are timed at the start of runs of minutes.
@@ -707,7 +707,7 @@ class TrainingSection(_Section):
         bool | None,
         Option(
             "Also learn from the outputs of the float model",
-            default="where all of its weights are trained",
+            default="with `training.method=qat`, where all of its weights are trained",
             panel=REGULARIZATION,
         ),
     ] = None
@@ -1050,21 +1050,39 @@ _OF_ASCENTS = (
 
 
 def _ascend_if_asked(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:
-    """Set ``training.method`` to ``saq`` where the user sets how it perturbs and gives no method."""
+    """Set ``training.method`` from ``qat`` to ``saq`` where the user sets how it perturbs and names no method.
+
+    A method in a file names none for the assignments and options beside it: files of runs name one in any case.
+
+    Args:
+        tree: the settings so far.
+        given: file, assignments and options.
+    """
+    file, *later = given
     training = tree.get("training")
-    if isinstance(training, dict) and _gives(given, *_OF_ASCENTS) and not _gives(given, "method"):
+    if not isinstance(training, dict) or training.get("method") != "qat" or _gives(later, "method"):
+        return
+    if _gives(later, *_OF_ASCENTS) or (_gives([file], *_OF_ASCENTS) and not _gives([file], "method")):
         training["method"] = "saq"
 
 
 def _gives(given: Sequence[Mapping[str, Any]], *names: str) -> bool:
-    """Whether file, assignments or options give one of these settings of training."""
+    """Whether one of these settings of training is given, with another value than its default if it has a default.
+
+    ``method`` counts with any value.
+    """
+    fields = TrainingSection.model_fields
     for one in given:
         section = one.get("training")
-        inside = section if isinstance(section, Mapping) else {}
-        flat = [
-            key.removeprefix("training.").split(".")[0] for key, value in one.items() if value is not None
-        ]
-        if any(name in inside or name in flat for name in names):
+        found = dict(section) if isinstance(section, Mapping) else {}
+        for key, value in one.items():
+            name, _, inner = key.removeprefix("training.").partition(".")
+            if key.startswith("training.") and value is not None:
+                found[name] = {inner: value} if inner else _value(value) if isinstance(value, str) else value
+        if any(
+            name in found and (name in ("method", "epochs") or found[name] != fields[name].default)
+            for name in names
+        ):
             return True
     return False
 

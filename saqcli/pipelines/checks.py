@@ -232,7 +232,7 @@ def _needs_labels(config: RunConfig) -> ConfigError:
             "a budget of accuracy is measured on labelled training images, and `data.calibration` has none; agreement "
             "with the float network is not accuracy: use `data.path=DIR` with train/ and val/"
         )
-    if config.search.pareto and not SEARCHERS.find(config.quantization.searcher).uses_images:
+    if config.search.pareto and not SEARCHERS.find(config.quantization.searcher).uses_labels:
         what = f"`search.pareto={config.search.pareto}` scores"
     else:
         what = f"`quantization.searcher={config.quantization.searcher}` searches"

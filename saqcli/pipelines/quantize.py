@@ -241,7 +241,7 @@ def resume_point(state: dict[str, Any], epochs: int) -> str:
 
 def load_teacher(config: RunConfig, device: torch.device, progress: Progress) -> nn.Module | None:
     """The float model, for distillation; None if training does not distill."""
-    if config.training.distill is False:
+    if config.training.distill is False or (config.training.distill is None and config.model.new_head):
         return None
     loaded = load_float(config.model, progress)
     return loaded.model.to(device).eval().requires_grad_(False) if distills(config, loaded) else None

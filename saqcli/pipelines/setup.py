@@ -173,9 +173,9 @@ def load_seeded(config: RunConfig, progress: Progress) -> LoadedModel:
 
 
 def distills(config: RunConfig, loaded: LoadedModel) -> bool:
-    """Whether fine-tuning also learns from the float network ``loaded``: on request, or where it is trained."""
+    """Whether fine-tuning learns from the float network ``loaded`` too: on request, or by QAT where that is trained."""
     wanted = config.training.distill
-    return loaded.trained if wanted is None else wanted
+    return loaded.trained and config.training.method == "qat" if wanted is None else wanted
 
 
 def training_images(
@@ -211,7 +211,7 @@ def needs_labels(config: RunConfig) -> bool:
 def searches_on_labels(config: RunConfig) -> bool:
     """Whether a run searches on labelled training images; a proxy brings its own.
 
-    A searcher that needs no labels uses them where ``data.path`` gives labelled images.
+    A searcher that needs no labels uses the images for calibration, if these are given and nothing is trained.
 
     Raises:
         ConfigError: there is no such searcher.
@@ -224,7 +224,8 @@ def searches_on_labels(config: RunConfig) -> bool:
     if section.bops is None and section.size is None:
         return False
     entry = SEARCHERS.find(section.searcher)
-    unlabelled = not entry.uses_labels and config.data.path is None
+    calibrated_alone = config.data.calibration is not None and not config.training.epochs
+    unlabelled = not entry.uses_labels and (config.data.path is None or calibrated_alone)
     return (entry.uses_images and not unlabelled) or config.search.pareto > 0
 
 

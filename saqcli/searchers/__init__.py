@@ -64,18 +64,18 @@ class SearcherEntry(NamedTuple):
         description: one line for lists of searchers.
         trains: whether it trains weights; if so, its length is counted in epochs.
         uses_images: whether it needs images.
-        uses_labels: whether the images need labels.
         fills_budget: promises to use at least ``BUDGET_USE`` of a bound wherever the space has such a configuration.
         keeps_scores: whether its results have ``losses``, from which another budget can be solved.
+        uses_labels: whether the images need labels.
     """
 
     make: Callable[..., Searcher]
     description: str
     trains: bool = False
     uses_images: bool = True
-    uses_labels: bool = True
     fills_budget: bool = False
     keeps_scores: bool = False
+    uses_labels: bool = True
 
 
 def _problem(plugin: Any) -> str | None:

@@ -66,9 +66,15 @@ class Swaps:
         if not budget.admits(space.ceiling):
             best = self._descend(problem, scorer, best, losses)
         choice = list(best.choice)
-        return SearchResult(
-            choice, lambda budget: [best_choice(space, budget, losses)], report, [report(choice)]
-        )
+
+        def propose(budget: Budget) -> list[list[int]]:
+            """The best sum, and the uniform pair of the best sum: neither is always the better."""
+            pairs = untied_uniforms(space, budget)
+            uniform = min(pairs, key=lambda pair: _total(losses, pair), default=None)
+            found = [best_choice(space, budget, losses), *([] if uniform is None else [uniform])]
+            return found[:1] if found[0] == found[-1] else found
+
+        return SearchResult(choice, propose, report, [report(choice)])
 
     def _first(self, problem: SearchProblem) -> list[Batch]:
         """Whole batches of the scoring images."""
@@ -112,6 +118,11 @@ def untied_uniforms(space: SearchSpace, budget: Budget) -> list[list[int]]:
         if not any(other != pair and other[0] >= pair[0] and other[1] >= pair[1] for other in pairs)
     ]
     return [pairs[pair] for pair in sorted(widest)]
+
+
+def _total(losses: Losses, choice: Sequence[int]) -> float:
+    """The sum of the losses of ``choice``."""
+    return sum(row[option] for row, option in zip(losses, choice, strict=True))
 
 
 def _starts(space: SearchSpace, budget: Budget, losses: Losses, noise: Losses) -> list[Choice]:

@@ -251,6 +251,13 @@ def check_training(config: RunConfig) -> None:
     if training.epochs:
         problems.attempt(make_schedule, make_optimizer(model, plain), training, steps=1)
     problems.attempt(_check_reuse, training)
+    if training.dampening and not config.quantization.restore_deviation:
+        problems.add(
+            ConfigError(
+                "`training.dampening` pulls weights to their levels, which lie elsewhere with "
+                "`quantization.restore_deviation=false`: remove one of them"
+            )
+        )
     problems.attempt(_check_mixing, training, config.data.batch_size)
     problems.check()
 

@@ -107,22 +107,26 @@ class InterruptibleTask:
 
 
 class _Clock:
-    """Says once, from measured steps, how long the training will take, if that is a minute or more."""
+    """Says once, from steps of one epoch, how long the remaining ones will take, if that is a minute or more."""
 
     warm, timed = 5, 15  # steps: the first ones compile and choose kernels
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note, self._steps, self._since = note, 0, 0.0
 
-    def tick(self, left: int) -> None:
-        """A step ends, with ``left`` more to come."""
+    def tick(self, step: int, left: int) -> None:
+        """Step ``step`` of an epoch ends, with ``left`` more to come in all."""
+        if step == 1 and self._steps < self.warm + self.timed:
+            self._steps = 0  # between epochs there are evaluations
         self._steps += 1
         if self._steps == self.warm:
             self._since = time.perf_counter()
         elif self._steps == self.warm + self.timed:
             each = (time.perf_counter() - self._since) / self.timed
             if each * left >= 60:
-                self._note(f"training takes about {format_duration(each * left)} more, {each:.2g} s a step")
+                self._note(
+                    f"steps of training take about {format_duration(each * left)} more, {each:.2g} s each"
+                )
 
 
 class Trainer:
@@ -376,7 +380,7 @@ class Trainer:
             self.average.update(self.model, self._steps + step)
         before_evaluation = self.validation is not None and step == len(self.batches)
         self.run.offer(self.state_dict, milestone=before_evaluation, failing=self.recovery.in_row > 0)
-        self._clock.tick(self.training.epochs * len(self.batches) - self._steps - step)
+        self._clock.tick(step, self.training.epochs * len(self.batches) - self._steps - step)
 
     def _evaluate(self) -> Score | None:
         """Score of the model, or of its average, on the validation images; the best state is kept."""

@@ -44,10 +44,34 @@ def test_published_recipes_learn_from_labels_alone(recipe: str) -> None:
     assert resolve(recipe=recipe, options={"model.name": "saq/resnet20"}).training.distill is False
 
 
+def test_methods_that_ascend_learn_from_labels_alone(weights: Path) -> None:
+    config = settings(weights, **{"training.method": "saq"})
+    assert load_teacher(config, torch.device("cpu"), SILENT) is None
+
+
+def test_method_in_a_file_gives_way_to_settings_of_perturbations(tmp_path: Path) -> None:
+    """A run's config.json names a method in any case."""
+    named = {"model.name": "saq/resnet20"}
+    file = tmp_path / "config.json"
+    for method, found in (("qat", "saq"), ("asaq", "asaq")):
+        text = resolve(options={**named, "training.method": method, "training.sam_interval": 1}).to_json()
+        file.write_text(text, encoding="utf-8")
+        again = resolve(file=file, options=named)
+        assert again.training.method == method
+        assert resolve(file=file, options={**named, "training.rho": 0.3}).training.method == found
+
+
+@pytest.mark.parametrize("recipe", ["quick", "minutes", "seconds"])
+def test_short_recipes_train_plainly(recipe: str) -> None:
+    options = {"model.name": "saq/resnet20", "training.epochs": 2}
+    assert resolve(recipe=recipe, options=options).training.method == "qat"
+
+
 @pytest.mark.parametrize(
     ("given", "method"),
     [
         ({}, "qat"),
+        ({"sam_interval": 1, "perturb": "all"}, "qat"),  # as they are by default
         ({"epochs": 2, "sharpness_batch": 64}, "qat"),
         ({"rho": 0.3}, "saq"),
         ({"ascent_fraction": 0.25}, "saq"),

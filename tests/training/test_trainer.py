@@ -146,12 +146,17 @@ def test_checkpoints_of_earlier_versions_are_loaded() -> None:
     assert torch.equal(next(made.model.parameters()), next(iter(state["model"].values())))
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.5, True), (0.01, False)])
-def test_long_trainings_say_how_long(seconds: float, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "epoch", "said"), [(0.5, 1000, True), (0.01, 1000, False), (0.5, 10, False), (0.5, 20, True)]
+)
+def test_long_trainings_say_how_long(
+    seconds: float, epoch: int, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time between epochs does not count: an epoch of 10 steps is too short to measure."""
     now = iter(range(1000))
     monkeypatch.setattr(trainers.time, "perf_counter", lambda: next(now) * 15 * seconds)
     notes: list[str] = []
     clock = trainers._Clock(notes.append)
     for step in range(1000):
-        clock.tick(999 - step)
-    assert notes == (["training takes about 8:10 more, 0.5 s a step"] if said else [])
+        clock.tick(step % epoch + 1, 999 - step)
+    assert notes == (["steps of training take about 8:10 more, 0.5 s each"] if said else [])

@@ -940,6 +940,8 @@ def resolve_into(
     if isinstance(section := tree.setdefault("quantization", {}), dict):
         section["contents"] = contents
     sources = [given, assignments or {}, options or {}]
+    if images and not _names_path(sources):
+        _calibrate_alone(tree)
     if not (recipe or given.get("recipe")):
         _train_on_labels_only(tree, sources)
     _ascend_if_asked(tree, sources)
@@ -1029,6 +1031,21 @@ def _defaults_of_target(contents: Mapping[str, Any], *given: Mapping[str, Any]) 
     chosen: dict[str, Any] = {"export": {"styles": target.styles[:1]}} if target.styles else {}
     _merge(chosen, target.settings)
     return chosen
+
+
+def _calibrate_alone(tree: dict[str, Any]) -> None:
+    """Drop the default images where others are given for calibration: nobody asked to measure or train on them."""
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("calibration") is not None:
+        data.pop("path", None)
+
+
+def _names_path(given: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether file, assignments or options give ``data.path``."""
+    sections = (one.get("data") for one in given)
+    return any(one.get("data.path") is not None for one in given) or any(
+        isinstance(section, Mapping) and section.get("path") is not None for section in sections
+    )
 
 
 def _train_on_labels_only(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from saqcli.cli import options as o
+from saqcli.cli import run_options as r
+from saqcli.cli.completion import complete_run
 from saqcli.cli.console import print_json, reporting
 from saqcli.cli.help import FILES
 
@@ -13,9 +15,13 @@ from saqcli.cli.help import FILES
 @reporting
 def report_command(
     runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Finished runs of quantize or search, or a folder of analyze"),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN...",
+            help=f"Finished runs of quantize or search, or a folder of analyze; {r.LEFT_OUT}",
+            autocompletion=complete_run,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -35,8 +41,13 @@ def report_command(
     """
     from saqcli.report.page.page import write_page
 
-    path = write_page([run.expanduser() for run in runs], out and out.expanduser())
+    named: list[str | None] = [*runs] if runs else [None]
+    taken = [
+        Path(r.chosen_run(run, "a finished run", json_output=json_output, quiet=False)).expanduser()
+        for run in named
+    ]
+    path = write_page(taken, out and out.expanduser())
     if json_output:
-        print_json({"page": str(path), "runs": [str(run) for run in runs]})
+        print_json({"page": str(path), "runs": [str(run) for run in taken]})
     else:
         typer.echo(f"wrote {path}")

@@ -146,7 +146,7 @@ def _remove(given: list[str], *, yes: bool, json_output: bool) -> None:
     found = [
         find_source(text, ("run",), "RUN") for text in given
     ]  # a folder with one run in it is not it here
-    paths = [each.path for each in found if each.path is not None]
+    paths = list({each.path.resolve(): each.path for each in found if each.path is not None}.values())
     for path in paths:
         RunDirectory.open(path).check_removable()
     if not yes:
@@ -155,10 +155,15 @@ def _remove(given: list[str], *, yes: bool, json_output: bool) -> None:
                 f"removing {', '.join(map(str, paths))} cannot be undone: confirm it with --yes"
             )
         typer.confirm(f"Remove {', '.join(map(str, paths))}?", abort=True, err=True)
-    removed = {str(path): RunDirectory.open(path).remove() for path in paths}
-    if json_output:
-        print_json({"removed": list(removed), "kept": {path: kept for path, kept in removed.items() if kept}})
-        return
-    for removed_path, kept in removed.items():
-        left = f"; its folder stays with {', '.join(kept[:3])}, which is no file of a run" if kept else ""
-        typer.echo(f"removed {removed_path}{left}")
+    removed: dict[str, list[str]] = {}
+    try:
+        for path in paths:
+            removed[str(path)] = RunDirectory.open(path).remove()
+    finally:  # what is gone is said, also if the next one cannot be removed
+        if json_output and len(removed) == len(paths):
+            print_json(
+                {"removed": list(removed), "kept": {path: kept for path, kept in removed.items() if kept}}
+            )
+        for removed_path, kept in removed.items() if not json_output else ():
+            left = f"; its folder stays with {', '.join(kept[:3])}, which is no file of a run" if kept else ""
+            typer.echo(f"removed {removed_path}{left}")

@@ -93,6 +93,9 @@ _FILES = [  # other than manifest.json
 ]
 
 
+_FOLDERS = ("checkpoints", "artifacts", "cache", "tensorboard", "analysis")  # with all that is in them
+
+
 class RunDirectory:
     """A run directory, existing or to be created.
 
@@ -355,7 +358,9 @@ class RunDirectory:
             with suppress(SaqError):  # a damaged manifest says nothing anyway
                 self._update(status="clearing")
             self._clear()
-            shutil.rmtree(self.path / "analysis", ignore_errors=True)
+            left = [name for name in _FOLDERS if (self.path / name).exists()]
+            if left:  # the manifest stays, so that it is still a run to remove
+                raise CannotWrite(f"{self.path / left[0]} cannot be removed: check who owns its files")
             for name in ("report.html", "manifest.json"):
                 (self.path / name).unlink(missing_ok=True)
         finally:
@@ -503,7 +508,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove the files of a run, and nothing else."""
-        for name in ("checkpoints", "artifacts", "cache", "tensorboard"):
+        for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

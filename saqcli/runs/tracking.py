@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,7 +113,8 @@ class Tracking:
         for name in config.run.track:
             self._start(name, run)
         for line in metrics.splitlines():
-            self.log(json.loads(line))
+            with suppress(ValueError):  # a damaged line has no figures to record
+                self.log(json.loads(line))
 
     def _start(self, name: str, run: Start) -> None:
         known = self._known.runs.get(name)

@@ -343,7 +343,13 @@ def show_quantized(result: dict[str, Any]) -> None:
         print_text(console, f"wrote {path}")
     run, onnx = shlex.quote(result["run_dir"]), result["artifacts"].get(result["onnx_style"])
     timed = {f"saq eval {shlex.quote(onnx)} --bench": "accuracy and speed of the file"} if onnx else {}
-    print_next(console, timed | {f"saq analyze {run}": "where the network is sharp, what its grids lose"})
+    labels = (
+        {f"saq analyze {run}": "where the network is sharp, what its grids lose"}
+        if has_labels(result)
+        else {}
+    )
+    if timed or labels:
+        print_next(console, timed | labels)
 
 
 def _show_accuracy(result: dict[str, Any], console: Console) -> None:

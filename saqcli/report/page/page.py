@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup, escape
 
 from saqcli._version import __version__
@@ -42,7 +42,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
         RunDirectoryError: a folder is no finished run, or a file in it is damaged.
     """
     path = out or (folders[0] / NAME if len(folders) == 1 else OF_SEVERAL)
-    _check_replaceable(path, given=out is not None)
+    _check_replaceable(path)
     text = page_of(folders)
     make_folder(path.parent)
     write_text(path, text)
@@ -63,7 +63,16 @@ def page_of(folders: Sequence[Path]) -> str:
     """The text of the page; arguments and errors as for ``write_page``."""
     try:
         return _page_of(folders)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # files that were changed by hand
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        TemplateError,
+    ) as error:
+        # files that were changed by hand
         named = ", ".join(map(str, folders))
         raise RunDirectoryError(
             f"no page can be made of {named}: its files hold figures that contradict each other "
@@ -96,7 +105,7 @@ def page_after_analysis(source: Path, out: Path) -> Path:
     return out
 
 
-def _check_replaceable(path: Path, *, given: bool) -> None:
+def _check_replaceable(path: Path) -> None:
     """Refuse to replace a file that is no page of ours.
 
     Raises:
@@ -104,7 +113,7 @@ def _check_replaceable(path: Path, *, given: bool) -> None:
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: give the path of a file, such as {path / NAME}")
-    if path.is_file() and given:
+    if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
             if MARK not in file.read(1000):
                 raise ConfigError(f"{path} exists and is no page that saq wrote: give another path")

@@ -132,3 +132,27 @@ def test_misuse_is_one_line(given: list[str], says: str) -> None:
 
     assert result.exit_code == 1
     assert says in last_error(result)
+
+
+def test_run_given_twice_is_removed_once() -> None:
+    run = make_run("runs/a", age=1)
+
+    assert answer("runs", "rm", run, f"{run}/", "--yes") == {"removed": ["runs/a"], "kept": {}}
+
+
+def test_folder_that_cannot_be_removed_leaves_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run("runs/a", age=1)
+    monkeypatch.setattr("saqcli.runs.directory.shutil.rmtree", lambda *_, **__: None)
+
+    assert "runs/a/checkpoints cannot be removed" in last_error(saq("runs", "rm", run, "--yes"))
+    assert (Path(run) / "manifest.json").is_file()
+
+
+def test_overwriting_removes_the_analysis_of_the_run_before() -> None:
+    run = RunDirectory.open(Path(make_run("runs/a", age=1)))
+    (run.path / "analysis").mkdir()
+    (run.path / "analysis" / "sharpness.json").write_text("{}", encoding="utf-8")
+
+    RunDirectory.start(run.path, run.config(), resume=False, overwrite=True)
+
+    assert not (run.path / "analysis").exists()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from saqcli.errors import DataError, RunDirectoryError
+from saqcli.config import resolve_into
+from saqcli.errors import DataError, Problems, RunDirectoryError
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.images import data_of_run
 from saqcli.runs.listing import runs_in, take_run
@@ -123,6 +124,15 @@ class TestImages:
             assert "there is no folder named" in last_error(result)
         result = saq("eval", "saq/resnet8s", "--no-pretrained", "--data", "given")
         assert "there is no folder given" in last_error(result)
+
+    def test_variable_is_not_used_beside_images_for_calibration(self) -> None:
+        named = {"model.name": "saq/resnet8s", "data.calibration": "photos"}
+        for more, path, epochs in (({}, None, 0), ({"data.path": "given"}, "given", 3)):
+            found = resolve_into(
+                Problems(), recipe=None, file=None, assignments=None, options=named | more, images="named"
+            )
+            assert found is not None
+            assert (found.data.path, found.training.epochs) == (path, epochs)
 
     def test_run_wins_over_the_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SAQ_DATA", "named")

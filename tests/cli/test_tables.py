@@ -124,6 +124,7 @@ def analysis(target: str, **more: Any) -> dict[str, Any]:
         "instruments": {},
         "against": None,
         "files": ["out/sharpness.json"],
+        "page": None,
         "out": "out",
         **more,
     }

@@ -70,7 +70,7 @@ def test_dry_run_describes_the_run(images: Path, working_directory: Path) -> Non
     assert "pinned to 8 bits (input layers and classifiers): conv1, linear" in found["bits"]
     assert found["reachable"].startswith(f"{costs['floor_bops'] / 1e6:.4g} MBOPs to ")
     assert found["training"].startswith(
-        "saq, 2 epochs of 2 steps with 6 images each; sgd, learning rate 0.005"
+        "qat, 2 epochs of 2 steps with 6 images each; sgd, learning rate 0.005"
     )
     assert found["run"] == "runs/resnet20-w4a4, new"
     assert "artifacts/model.onnx" in found["writes"]
@@ -95,7 +95,7 @@ def test_budget_shows_uniform_bits_that_fit(images: Path) -> None:
     found, plan = lines(*options), answer("quantize", *options, "--dry-run")
 
     assert "largest uniform bits that fit: w4a4, " in found["bits"]
-    assert found["search"].startswith("error, 18 decisions, candidates 2, 3, 4, 5, 6, 8")
+    assert found["search"].startswith("swaps, 18 decisions, candidates 2, 3, 4, 5, 6, 8")
     assert found["training"] == "none: calibration only"
     assert plan["profile"]["bops"] == plan["budget_bops"]
     assert {layer["weight_bits"] for layer in plan["profile"]["layers"]} == {4, 8}

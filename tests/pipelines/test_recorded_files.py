@@ -142,7 +142,7 @@ def test_profile_counts_what_the_run_counted(run: Path) -> None:
 
 def test_search_uses_the_recorded_table(digits: Path, layers: list[str], tmp_path: Path) -> None:
     costs, budget = table(tmp_path, layers), f"{2 * len(layers) - 3}ms"
-    asked = ("--cost", costs, "--budget", budget, "--candidates", "4,8")
+    asked = ("--cost", costs, "--budget", budget, "--candidates", "4,8", "--searcher", "error")
     plan = answer("search", *options(digits, *asked), "--run-dir", tmp_path / "run", "--dry-run")
     shown = saq("search", *options(digits, *asked), "--run-dir", tmp_path / "run", "--dry-run").stdout
     found = answer("search", *options(digits, *asked), "--run-dir", tmp_path / "run")

@@ -53,7 +53,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(network: list[object], runs: Path) -> tuple[Path, dict[str, Any]]:
     """A finished quick search, with its front."""
     path = runs / "plain"
-    return path, answer("search", *network, "--budget", "w3a3", "--pareto", 3, "--run-dir", path)
+    return path, answer(
+        "search", *network, "--budget", "w3a3", "--searcher", "error", "--pareto", 3, "--run-dir", path
+    )
 
 
 # Files of a search
@@ -141,7 +143,8 @@ def test_quantize_uses_the_policy(
 def test_tables_on_stdout_progress_on_stderr(
     plain: tuple[Path, dict[str, Any]], network: list[object], tmp_path: Path
 ) -> None:
-    result = saq("search", *network, "--budget", "w3a3", "--size", "200KB", "--run-dir", tmp_path / "run")
+    given = ("--budget", "w3a3", "--size", "200KB", "--searcher", "error", "--run-dir", tmp_path / "run")
+    result = saq("search", *network, *given)
     assert result.exit_code == 0
     assert "layer1.0.conv1" in result.stdout
     assert "policy.json" in result.stdout
@@ -406,7 +409,10 @@ def test_unreachable_size_names_the_range(network: list[object], tmp_path: Path)
         (["--budget", "w4a4", "--searcher", "magic"], "choose from samq"),
         (["--budget", "w4a4", "--searcher", "error", "--epochs", 3], "does not train"),
         (["--budget", "w4a4", "--searcher", "error", "--rho", 0.1], "it has no options"),
-        (["--budget", "w4a4", "--set", "search.options.error.draws=3"], "it has no options"),
+        (
+            ["--budget", "w4a4", "--searcher", "error", "--set", "search.options.error.draws=3"],
+            "it has no options",
+        ),
         (
             ["--budget", "w4a4", "--searcher", "samq", "--set", "search.options.samq.x=3"],
             "has no x: its options are epochs",

@@ -17,13 +17,16 @@ def options(digits: Path, *more: object) -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def kept(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("again") / "run"
-    answer("search", *options(digits, "--budget", "w4a4", "--run-dir", run))
+    answer("search", *options(digits, "--budget", "w4a4", "--searcher", "error", "--run-dir", run))
     return run
 
 
 def test_same_result_as_a_new_search(kept: Path, digits: Path, tmp_path: Path) -> None:
     searched = answer(
-        "search", *options(digits, "--budget", "w3a3", "--size", "w4a4", "--run-dir", tmp_path / "new")
+        "search",
+        *options(
+            digits, "--budget", "w3a3", "--size", "w4a4", "--searcher", "error", "--run-dir", tmp_path / "new"
+        ),
     )
     again = answer(
         "search", "--from", kept, "--budget", "w3a3", "--size", "w4a4", "--run-dir", tmp_path / "again"

@@ -178,7 +178,7 @@ def test_no_export_writes_only_safetensors(images: Path, network: Any, tmp_path:
     found = answer("quantize", name, "--bits", 4, *options(images, run), "--no-export")
 
     assert {path.name for path in (run / "artifacts").iterdir()} == {"model.safetensors"}
-    assert set(found["artifacts"]) == {"safetensors", "policy", "report"}
+    assert set(found["artifacts"]) == {"safetensors", "policy", "report", "page"}
     assert {found[key] for key in found if key.startswith("onnx_")} == {None}
     assert len([key for key in found if key.startswith("onnx_")]) == 10
     assert json.loads((run / "config.json").read_text())["export"] == {"styles": []}

@@ -95,6 +95,7 @@ def test_saq_analyze_writes_compares_and_resumes(
     assert tree["reading"]["zeros"] > 0
     assert {path.name for path in out.iterdir()} == {
         "against",
+        "report.html",
         *(f"sparsity.{s}" for s in ("json", "png", "svg")),
     }
     found = json.loads(again[1])

@@ -1,6 +1,5 @@
 """Pages of runs: one self-contained HTML file, made from what is in the run directories."""
 
-import json
 import math
 import re
 import shlex
@@ -19,7 +18,7 @@ from saqcli.report.page.contents import read_analysis, read_run
 from saqcli.report.page.head import points
 from saqcli.report.page.sections import analysis, sections
 from saqcli.runs.directory import RunDirectory
-from saqcli.serialization import make_folder, printable, write_text
+from saqcli.serialization import json_text, make_folder, printable, write_text
 from saqcli.units import format_duration, format_quantity
 
 NAME, OF_SEVERAL = "report.html", Path("comparison.html")
@@ -139,7 +138,7 @@ def _rendered(template: str, values: dict[str, Any]) -> str:
         "code": _code,
         "tight": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
         "sentence": lambda text: f"{text[:1].upper()}{text[1:]}.",
-        "literal": lambda text: json.dumps(text, ensure_ascii=False),
+        "literal": lambda text: json_text(text, ensure_ascii=False),
         "quoted": shlex.quote,
     }
     return environment.get_template(template).render(saq=__version__, **values)

@@ -513,6 +513,11 @@ class TestArrow:
             ({"label": [1]}, "and none of images"),
             ({"image": [b"x"], "label": [None]}, r"has no label in row 0 \(None\)"),
             ({"image": [b"x"], "label": [-1]}, r"has no label in row 0 \(-1\)"),
+            ({"image": [b"x"] * 2, "label": [0, -2]}, r"has no label in row 1 \(-2\)"),
+            ({"image": [b"x"], "label": [0.5]}, r"has no label in row 0 \(0\.5\)"),
+            ({"image": [b"x"] * 2, "label": ["cat", ""]}, r"has no label in row 1 \(''\)"),
+            ({"image": [b"x"], "label": [2**40]}, r"has no label in row 0 \(1099511627776\)"),
+            ({"image": [b"x"], "label": [[1] * 100_000]}, r"has no label in row 0 \(\[1, .{90,110}\): give"),
             ({"image": [b"x"], "label": [9]}, "has the label 9, the model has classes 0 to 2"),
             ({"image": [], "label": []}, "has no rows"),
         ],
@@ -524,6 +529,21 @@ class TestArrow:
 
         with pytest.raises(DataError, match=says):
             opened(path)
+
+    def test_booleans_are_labels(self, arrow: Any, tmp_path: Path) -> None:
+        table = arrow.table({"image": [png(1), png(2)], "label": [True, False]})
+
+        found = opened(write_arrow(arrow, tmp_path / "a.arrow", table), num_classes=2)
+
+        assert pairs(found) == [(1, 1), (2, 0)]
+
+    def test_labels_of_two_kinds_are_refused(self, arrow: Any, tmp_path: Path) -> None:
+        for place, label in enumerate((1, "cat")):
+            table = arrow.table({"image": [png(1)], "label": [label]})
+            write_arrow(arrow, tmp_path / f"val-{place:05d}-of-00002.arrow", table)
+
+        with pytest.raises(DataError, match="has numbers and texts as labels in label: give"):
+            opened(tmp_path)
 
     def test_cell_without_an_image_is_named(self, arrow: Any, tmp_path: Path) -> None:
         path = write_arrow(arrow, tmp_path / "a.arrow", arrow.table({"image": [None, b"x"], "label": [0, 1]}))

@@ -6,10 +6,12 @@ split with arrow files. Images are encoded in the table. Names of classes come f
 
 import json
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from saqcli.data.archives import EncodedImage
@@ -20,7 +22,8 @@ from saqcli.serialization import printable
 SUFFIXES = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
-MOST_ROWS = 10**8
+MOST_ROWS = 2 * 10**7
+LARGEST_LABEL = 2**31
 _SHARD = re.compile(r"(?P<split>[\w.]+?)(-\d{5}-of-\d{5})?")
 _CLOSED = 'pip install "saq[parquet]"'
 
@@ -47,7 +50,7 @@ class Rows:
     files: tuple[str, ...]
     column: str
     starts: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: Sequence[int]
     _opened: dict[str, Any] = field(default_factory=dict, repr=False)
     _last: tuple[str, int, Any] | None = field(default=None, repr=False)  # a group of rows, as they were read
 
@@ -182,7 +185,7 @@ def open_arrow(found: ArrowFiles, split: str) -> Labelled:
     names = list(first.schema.names)
     column = _column(names, features, "Image", IMAGE_COLUMNS, "images", found)
     label = _column(names, features, "ClassLabel", LABEL_COLUMNS, "labels", found)
-    values: list[Any] = []
+    numbers, texts = array("q"), list[str]()
     starts = [0]
     for path in found.files:
         opened = _opened(path)
@@ -194,30 +197,48 @@ def open_arrow(found: ArrowFiles, split: str) -> Labelled:
             raise DataError(f"{path} says that it has more than {MOST_ROWS:,} rows: give another file")
         try:
             for group in range(len(opened.groups)):
-                values += opened.read(group, label).to_pylist()
+                for value in opened.read(group, label).to_pylist():
+                    _add(value, numbers, texts, path, starts[-1])
+        except DataError:
+            raise
         except Exception as error:  # pyarrow raises many kinds on damaged files
             raise _damaged(path, error) from None
-        starts.append(len(values))
-    if not values:
+        starts.append(len(numbers) + len(texts))
+    if not starts[-1]:
         raise DataError(f"{found.title} has no rows: give data with images")
-    if all(type(value) is int and value >= 0 for value in values):
-        labels, classes = tuple(values), _class_names(features.get(label))
-        if classes and max(labels) >= len(classes):
-            raise DataError(
-                f"{found.title} has the label {max(labels)}, and names for {len(classes)} classes"
-            )
-    elif all(isinstance(value, str) and value for value in values):
-        labels, classes = numbered(values)
+    if numbers and texts:
+        raise DataError(f"{found.title} has numbers and texts as labels in {label}: give labels of one kind")
+    labels: Sequence[int] = numbers
+    if texts:
+        labels, classes = numbered(texts)
     else:
-        wrong = next(
-            row for row, value in enumerate(values) if not isinstance(value, int | str) or value in ("", -1)
-        )
-        raise DataError(
-            f"{found.title} has no label in row {wrong} ({values[wrong]!r}): give data with labels"
-        )
+        classes = _class_names(features.get(label))
+        if classes and max(numbers) >= len(classes):
+            raise DataError(
+                f"{found.title} has the label {max(numbers)}, and names for {len(classes)} classes"
+            )
     source = Rows(tuple(map(str, found.files)), column, tuple(starts), labels)
     in_order = bool(_class_names(features.get(label)))
     return Labelled(source, labels, classes, found.title, in_order=in_order, places=(found.files[0].parent,))
+
+
+def _add(value: Any, numbers: "array[int]", texts: list[str], path: Path, start: int) -> None:
+    """Add the label of the next row of ``path``, whose first row is ``start``, to those of its kind.
+
+    False and True are 0 and 1.
+
+    Raises:
+        DataError: it is neither a class index nor a text.
+    """
+    if isinstance(value, int) and 0 <= value < LARGEST_LABEL:
+        numbers.append(int(value))
+    elif isinstance(value, str) and value:
+        texts.append(intern(value))
+    else:
+        raise DataError(
+            f"{path} has no label in row {len(numbers) + len(texts) - start} ({printable(repr(value), 100)}): "
+            "give data with labels"
+        )
 
 
 def _column(

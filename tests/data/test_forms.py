@@ -484,6 +484,58 @@ class TestArrow:
 
         assert pairs(opened(tmp_path, "train")) == pairs(opened(tmp_path, "test")) == EXPECTED
 
+    @pytest.mark.parametrize("listed", [True, False])
+    def test_caches_of_datasets_are_no_data(self, listed: bool, arrow: Any, tmp_path: Path) -> None:
+        table, folder = arrow_table(arrow), tmp_path / "val"
+        name = "data-00000-of-00001.arrow"
+        for file in (name, "cache-1f2e3d4c5b6a7980.arrow", "tmp.arrow"):
+            write_arrow(arrow, folder / file, table)
+        state = {"_data_files": [{"filename": name}]} if listed else {}
+        (folder / "state.json").write_text(json.dumps(state))
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+        (folder / name).unlink()
+        if listed:
+            with pytest.raises(DataError, match=r"state.json lists data-00000-of-00001.arrow, not in"):
+                opened(tmp_path)
+
+    @pytest.mark.parametrize("name", ["../other.arrow", "/etc/x.arrow", 3, None])
+    def test_list_of_files_outside_is_not_followed(self, name: Any, arrow: Any, tmp_path: Path) -> None:
+        write_arrow(arrow, tmp_path / "other.arrow", arrow_table(arrow).slice(0, 1))
+        write_arrow(arrow, tmp_path / "val" / "data-00000-of-00001.arrow", arrow_table(arrow))
+        (tmp_path / "val" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+
+    @pytest.mark.parametrize(
+        ("train", "val"),
+        [
+            ("train-00000-of-00001-a09b74b3ef9c3b56", "test-00000-of-00001-1c2d3e4f5a6b7c8d"),
+            ("cifar10-train-00000-of-00002", "cifar10-test-00000-of-00002"),
+            ("my-own.set-train-00000-of-00001", "my-own.set-validation-00000-of-00001"),
+            ("train", "val"),
+            ("cifar10-train", "cifar10-test"),
+        ],
+    )
+    def test_names_of_shards_say_the_split(self, train: str, val: str, arrow: Any, tmp_path: Path) -> None:
+        table = arrow_table(arrow)
+        for stem, part in ((train, table.slice(0, 2)), (val, table)):
+            write_arrow(arrow, tmp_path / f"{stem}.arrow", part)
+
+        assert pairs(opened(tmp_path, "train")) == EXPECTED[:2]
+        assert pairs(opened(tmp_path, "val")) == EXPECTED
+
+    @pytest.mark.parametrize("below", ["", "val"])
+    def test_class_folders_with_a_file_beside_them_stay_class_folders(
+        self, below: str, arrow: Any, tmp_path: Path
+    ) -> None:
+        for name, content in images().items():
+            (tmp_path / below / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / below / name).write_bytes(content)
+        write_arrow(arrow, tmp_path / below / "index.arrow", arrow.table({"path": ["cat/0.png"]}))
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+
     def test_text_labels_of_a_single_file(self, arrow: Any, tmp_path: Path) -> None:
         from pyarrow.parquet import write_table as write
 

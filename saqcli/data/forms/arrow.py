@@ -5,6 +5,7 @@ split with arrow files. Images are encoded in the table. Names of classes come f
 """
 
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,16 +16,17 @@ from sys import intern
 from typing import Any
 
 from saqcli.data.archives import EncodedImage
+from saqcli.data.folders import is_image
 from saqcli.data.forms.labelled import LARGEST_IMAGE, Labelled, names_of, no_split, numbered
 from saqcli.errors import DataError
-from saqcli.serialization import printable
+from saqcli.serialization import printable, read_text, some
 
 SUFFIXES = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 MOST_ROWS = 2 * 10**7
 LARGEST_LABEL = 2**31
-_SHARD = re.compile(r"(?P<split>[\w.]+?)(-\d{5}-of-\d{5})?")
+_SHARD = re.compile(r"(?:[\w.]+-)*?(?P<split>[\w.]+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
 _CLOSED = 'pip install "saq[parquet]"'
 
 
@@ -144,11 +146,13 @@ def find_arrow(data: Path, split: str) -> ArrowFiles | None:
     if not data.is_dir():
         return None
     for name in names_of(split):
-        if files := _in(data / name, "*"):
+        if files := _in(data / name):
             return ArrowFiles(files, f"{data} ({name})")
     folders = {entry.name for entry in data.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    files = (*_in(data, "*"), *_in(data / "data", "*"))
-    if not files or not folders <= {"data"}:  # class folders, with a table beside them
+    if not folders <= {"data"}:
+        return None
+    files = (*_in(data), *_in(data / "data"))
+    if not files:
         return None
     by_split: dict[str, list[Path]] = {}
     for file in files:
@@ -165,11 +169,47 @@ def find_arrow(data: Path, split: str) -> ArrowFiles | None:
     raise no_split(data, split, sorted(by_split)[:5])
 
 
-def _in(folder: Path, pattern: str) -> tuple[Path, ...]:
-    """The files of these kinds in a folder, sorted."""
-    return tuple(
-        sorted(path for suffix in SUFFIXES for path in folder.glob(f"{pattern}{suffix}") if path.is_file())
-    )
+def _in(folder: Path) -> tuple[Path, ...]:
+    """The files of the data set in a folder, sorted; none if it holds class folders, with a table beside them.
+
+    ``save_to_disk`` lists its files in state.json. Beside them, datasets leaves ``cache-*.arrow``: results of ``map``.
+
+    Raises:
+        DataError: a listed file is missing.
+    """
+    files = sorted(path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}") if path.is_file())
+    if not files or _has_class_folders(folder):
+        return ()
+    if listed := _listed(folder / "state.json"):
+        if missing := [name for name in listed if not (folder / name).is_file()]:
+            raise DataError(
+                f"{folder / 'state.json'} lists {some(missing, 2)}, not in {folder}: restore the data"
+            )
+        return tuple(folder / name for name in listed)
+    saved = [path for path in files if path.match("data-*.arrow")]
+    return tuple(saved or (path for path in files if not path.match("cache-*")))
+
+
+def _listed(state: Path) -> list[str]:
+    """The names of files in the state.json of ``save_to_disk``; none if it is missing, damaged, or names other places."""
+    try:
+        entries = json.loads(read_text(state, str(state), DataError))["_data_files"]
+        names = [entry["filename"] for entry in entries]
+    except (DataError, KeyError, TypeError, ValueError, RecursionError):
+        return []
+    plain = all(isinstance(name, str) and Path(name).name == name and "\0" not in name for name in names)
+    kinds = plain and all(name.lower().endswith(SUFFIXES) for name in names)
+    return names if kinds and len(set(names)) == len(names) else []
+
+
+def _has_class_folders(folder: Path) -> bool:
+    """Whether a folder in ``folder`` holds an image, at any depth."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("."):
+            for _, _, names in os.walk(entry):
+                if any(is_image(name) and not name.startswith(".") for name in names):
+                    return True
+    return False
 
 
 def open_arrow(found: ArrowFiles, split: str) -> Labelled:

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from saqcli.config import DataSection
 from saqcli.data.datasets import Split, check_split_exists, fingerprint, open_split, subset
+from saqcli.data.forms import cifar
 from saqcli.data.images import LEFT_OUT
 from saqcli.data.loaders import make_loader
 from saqcli.data.splits import scored_split
@@ -388,6 +390,9 @@ class TestCifar:
             ),
             (b"\x80\x02cnumpy\nndarray\nU\x01x\x85R.", "it calls something else"),
             (b"", "it is damaged|it has no end"),
+            (b"\x80\x02]K\x01e.", "its stack has no mark"),
+            (b"\x80\x02](K\x01\x85a.", "list index out of range"),
+            (b"]" * 1_100_000 + b".", "it has more than 1,000,000 opcodes"),
         ],
     )
     def test_anything_else_is_refused_without_running_it(
@@ -397,6 +402,35 @@ class TestCifar:
         (tmp_path / "set" / "test_batch").write_bytes(content)
 
         with pytest.raises(DataError, match=says):
+            opened(tmp_path / "set")
+
+    def test_marks_take_linear_time(self, tmp_path: Path) -> None:
+        write_cifar10(tmp_path / "set", list(CLASSES))
+        seconds = []
+        for size in (20_000, 200_000):
+            (tmp_path / "set" / "test_batch").write_bytes(b"]" * size + b"(e" * size + b".")
+            start = time.process_time()
+            with pytest.raises(DataError, match="it holds no dictionary"):
+                opened(tmp_path / "set")
+            seconds.append(time.process_time() - start)
+
+        assert seconds[1] < 40 * seconds[0]  # a hundred times of it, if each mark were searched for
+
+    def test_arrays_of_one_string_are_bounded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cifar, "LARGEST_FILE", 100_000)
+        write_cifar10(tmp_path / "set", list(CLASSES))
+        pixels = np.zeros((20, 3072), np.uint8)  # 61,440 bytes
+        once, string = array(pixels), text(pixels.tobytes())
+        kept = once.replace(string, string + b"q\x30")
+        again = once.replace(string, b"h\x30")
+        labels = items([number(0)] * 20)
+        content = dictionary({b"labels": labels, b"data": kept, b"more": again})
+        (tmp_path / "set" / "test_batch").write_bytes(content)
+        assert len(content) < 70_000
+
+        with pytest.raises(DataError, match="its arrays have more than 100,000 bytes"):
             opened(tmp_path / "set")
 
     def test_mutated_files_are_read_or_refused(self, tmp_path: Path) -> None:

@@ -640,6 +640,70 @@ class TestArrow:
         with pytest.raises(DataError, match=r"row 1 of .*a.arrow \(it is not an image\)"):
             split.dataset[1]  # type: ignore[index]
 
+    def test_images_that_stay_in_memory_are_bounded(
+        self, arrow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from pyarrow.parquet import write_table as write
+
+        noise = np.random.default_rng(0).bytes(10_000)
+        cells = [png(place) + noise for place in range(200)]
+        path = tmp_path / "a.parquet"
+        table = arrow.table({"image": cells, "label": [0] * 200})
+        write(table, path, row_group_size=150, use_dictionary=False)
+        monkeypatch.setattr("saqcli.data.forms.arrow.KEPT", 200_000)
+        split = opened(path)
+        source: Any = split.dataset.source
+
+        for index in (0, 149, 3, 150, 199, 151, 0, 80, 79, 78, 160, *range(200)):
+            assert np.asarray(split.dataset[index][0])[0, 0, 0] == index  # type: ignore[index]
+            held = sum(len(part) for part in source._window.kept)
+            assert 0 < held <= 40  # 20 images of 10,000 bytes fit, and one batch of them is read at once
+            assert source._window.size < 400_000
+
+    def test_sizes_are_checked_before_reading(self, arrow: Any, tmp_path: Path) -> None:
+        from pyarrow.parquet import write_table as write
+
+        path, table = tmp_path / "a.parquet", {"image": [b"\0" * 2**26] * 6, "label": [0] * 6}
+        write(arrow.table(table), path, compression="zstd", use_dictionary=False)
+        assert path.stat().st_size < 2**20
+
+        allocated = arrow.total_allocated_bytes()
+        with pytest.raises(DataError, match=r"rows 0 to 5 have 402,\d{3},\d{3} bytes of images, too many for"):
+            opened(path)
+        assert arrow.total_allocated_bytes() - allocated < 2**24
+
+    def test_large_compressed_arrow_is_refused(
+        self, arrow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "a.arrow"
+        table = arrow.table({"image": [png(0) + b"\0" * 100_000], "label": [0]})
+        options = arrow.ipc.IpcWriteOptions(compression="zstd")
+        with arrow.OSFile(str(path), "wb") as file:
+            with arrow.ipc.new_stream(file, table.schema, options=options) as stream:
+                stream.write_table(table)
+        assert opened(path).images == 1
+        monkeypatch.setattr("saqcli.data.forms.arrow.LARGEST_UNPACKED", 10_000)
+
+        with pytest.raises(DataError, match="is compressed, and has more than 10,000 bytes: save it without"):
+            opened(path)
+
+    @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+    def test_fingerprint_sees_images_and_survives_a_move(
+        self, suffix: str, arrow: Any, tmp_path: Path
+    ) -> None:
+        from pyarrow.parquet import write_table as write
+
+        prints = []
+        for folder, grey in (("a", 1), ("b", 2), ("c", 1)):
+            table = arrow.table({"image": [png(1) + bytes([grey])], "label": [0]})
+            path = tmp_path / folder / f"x.{suffix}"
+            write_arrow(arrow, path, table)
+            if suffix == "parquet":
+                write(table, path)
+            prints.append(fingerprint(opened(path)))
+
+        assert prints[0] == prints[2] != prints[1]
+
     @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
     def test_mutated_files_are_read_or_refused(self, suffix: str, arrow: Any, tmp_path: Path) -> None:
         from pyarrow.parquet import write_table as write

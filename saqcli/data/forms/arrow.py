@@ -4,12 +4,16 @@ A folder holds ``data/train-00000-of-00002.parquet`` and the like, or is what ``
 split with arrow files. Images are encoded in the table. Names of classes come from the features in its metadata.
 """
 
+import hashlib
 import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from sys import intern
@@ -27,6 +31,13 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 MOST_ROWS = 2 * 10**7
 LARGEST_LABEL = 2**31
 _SHARD = re.compile(r"(?:[\w.]+-)*?(?P<split>[\w.]+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
+LONGEST_LABEL = 1000  # characters
+BATCH = 64  # images read at once
+LABELS = 1024  # labels read at once
+KEPT = 2**26  # bytes of images that stay in memory, in each process
+EXPANSION = 100  # images in a parquet file are compressed at most to this share
+LARGEST_UNPACKED = 2**30  # bytes of compressed arrow files, which are unpacked as a whole
+SAMPLED, SAMPLES = 2**14, 256  # bytes of a block, and blocks, of which fingerprints are made
 _CLOSED = 'pip install "saq[parquet]"'
 
 
@@ -54,17 +65,17 @@ class Rows:
     starts: tuple[int, ...]
     labels: Sequence[int]
     _opened: dict[str, Any] = field(default_factory=dict, repr=False)
-    _last: tuple[str, int, Any] | None = field(default=None, repr=False)  # a group of rows, as they were read
+    _window: "_Window | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, which no other process can use."""
-        return {**self.__dict__, "_opened": {}, "_last": None}
+        return {**self.__dict__, "_opened": {}, "_window": None}
 
     def __getitem__(self, index: int, /) -> tuple[EncodedImage, int]:
-        place = next(number for number, end in enumerate(self.starts[1:]) if index < end)
+        place = bisect_right(self.starts, index) - 1
         file = self.files[place]
         name = f"row {index - self.starts[place]} of {file}"
         try:
@@ -79,23 +90,76 @@ class Rows:
         return EncodedImage(content, name), self.labels[index]
 
     def _cell(self, file: str, row: int) -> Any:
-        """The value of a row; the group of rows around it is kept."""
+        """The value of a row; those before it in its group are kept, as far as they fit."""
         opened = self._opened.get(file)
         if opened is None:
             opened = self._opened[file] = _open(Path(file))
-        for number, (start, stop) in enumerate(opened.groups):
-            if start <= row < stop:
-                if self._last is None or self._last[:2] != (file, number):
-                    self._last = (file, number, opened.read(number, self.column))
-                return self._last[2][row - start].as_py()
-        raise IndexError(row)
+        number = bisect_right(opened.groups, row, key=lambda group: group[0]) - 1
+        while opened.groups[number][1] <= row:  # empty groups
+            number += 1
+        place, window = row - opened.groups[number][0], self._window
+        if window is None or window.group != (file, number) or place < window.first:
+            window = self._window = _Window((file, number), opened.batches(number, self.column, BATCH))
+        return window.cell(place).as_py()
 
     def lines(self) -> Iterator[str]:
-        """What identifies the images: rows and labels of each file, since images have no names here."""
+        """What identifies the images, which have no names here: a part of each file, its rows, and labels."""
         for file, start, stop in zip(self.files, self.starts, self.starts[1:], strict=False):
-            yield f"{Path(file).name}\0{stop - start}"
+            yield f"{Path(file).name}\0{stop - start}\0{_sampled(Path(file))}"
         for label in self.labels:
             yield str(label)
+
+
+@dataclass
+class _Window:
+    """The latest rows of a group, ``KEPT`` bytes of them, and an iterator over the rest.
+
+    Attributes:
+        group: file and number of the group.
+        rest: arrays that were not read yet.
+        first: row of the group that is the first one kept.
+        stop: row after the last one kept.
+    """
+
+    group: tuple[str, int]
+    rest: Iterator[Any]
+    first: int = 0
+    stop: int = 0
+    kept: deque[Any] = field(default_factory=deque)
+    size: int = 0
+
+    def cell(self, row: int) -> Any:
+        """The value of a row, ``first`` or later."""
+        while row >= self.stop:
+            part = next(self.rest, None)
+            if part is None:
+                raise IndexError(f"its group of rows has {self.stop}")
+            self.kept.append(part)
+            self.stop += len(part)
+            self.size += part.nbytes
+            while self.size > KEPT and len(self.kept) > 1:
+                dropped = self.kept.popleft()
+                self.first += len(dropped)
+                self.size -= dropped.nbytes
+        place = self.stop
+        for part in reversed(self.kept):
+            place -= len(part)
+            if row >= place:
+                return part[row - place]
+        raise IndexError(row)
+
+
+def _sampled(path: Path) -> str:
+    """The size of a file, and a hash of all its bytes or, if they are many, of blocks spread from begin to end."""
+    size, hashed = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= SAMPLED * SAMPLES:
+            hashed.update(file.read())
+        else:
+            for place in range(SAMPLES):
+                file.seek((size - SAMPLED) * place // (SAMPLES - 1))
+                hashed.update(file.read(SAMPLED))
+    return f"{size}:{hashed.hexdigest()}"
 
 
 @dataclass
@@ -109,34 +173,50 @@ class _Parquet:
         """Its schema of arrow."""
         return self.file.schema_arrow
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """First and last row of each group."""
         sizes = [self.file.metadata.row_group(each).num_rows for each in range(self.file.num_row_groups)]
         ends = list(accumulate(sizes))
         return list(zip([0, *ends], ends, strict=False))
 
-    def read(self, group: int, column: str) -> Any:
-        """A column of a group."""
-        return self.file.read_row_group(group, columns=[column]).column(0)
+    def batches(self, group: int, column: str, rows: int) -> Iterator[Any]:
+        """A column of a group, ``rows`` at most in each array."""
+        average = self.size_of(group, column) // max(1, self.groups[group][1] - self.groups[group][0])
+        rows = max(1, min(rows, KEPT // max(1, average)))
+        parts = self.file.iter_batches(
+            batch_size=rows, row_groups=[group], columns=[column], use_threads=False
+        )
+        return (part.column(0) for part in parts)
+
+    def size_of(self, group: int, column: str) -> int:
+        """The bytes of a column of a group, as the file says."""
+        found = self.file.metadata.row_group(group)
+        chunks = (found.column(each) for each in range(found.num_columns))
+        return sum(
+            chunk.total_uncompressed_size
+            for chunk in chunks
+            if chunk.path_in_schema.partition(".")[0] == column
+        )
 
 
 @dataclass
 class _Arrow:
     """An arrow file, mapped into memory."""
 
-    batches: list[Any]
+    parts: list[Any]
     schema: Any
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """First and last row of each batch."""
-        ends = list(accumulate(batch.num_rows for batch in self.batches))
+        ends = list(accumulate(part.num_rows for part in self.parts))
         return list(zip([0, *ends], ends, strict=False))
 
-    def read(self, group: int, column: str) -> Any:
-        """A column of a batch."""
-        return self.batches[group].column(self.schema.get_field_index(column))
+    def batches(self, group: int, column: str, rows: int) -> Iterator[Any]:
+        """A column of a batch, ``rows`` at most in each array."""
+        whole = self.parts[group].column(self.schema.get_field_index(column))
+        return (whole.slice(start, rows) for start in range(0, len(whole), rows))
 
 
 def find_arrow(data: Path, split: str) -> ArrowFiles | None:
@@ -233,17 +313,24 @@ def open_arrow(found: ArrowFiles, split: str) -> Labelled:
             raise DataError(
                 f"{path} has no columns {column} and {label}, as {found.files[0]} has: give files alike"
             )
-        if starts[-1] + sum(stop - start for start, stop in opened.groups) > MOST_ROWS:
+        rows = sum(stop - start for start, stop in opened.groups)
+        if starts[-1] + rows > MOST_ROWS:
             raise DataError(f"{path} says that it has more than {MOST_ROWS:,} rows: give another file")
         try:
+            _check_sizes(opened, column, path)
             for group in range(len(opened.groups)):
-                for value in opened.read(group, label).to_pylist():
-                    _add(value, numbers, texts, path, starts[-1])
+                for part in opened.batches(group, label, LABELS):
+                    for value in part.to_pylist():
+                        _add(value, numbers, texts, path, starts[-1])
         except DataError:
             raise
         except Exception as error:  # pyarrow raises many kinds on damaged files
             raise _damaged(path, error) from None
         starts.append(len(numbers) + len(texts))
+        if starts[-1] - starts[-2] != rows:
+            raise DataError(
+                f"{path} says that it has {rows:,} rows, and has {starts[-1] - starts[-2]:,} labels: replace the file"
+            )
     if not starts[-1]:
         raise DataError(f"{found.title} has no rows: give data with images")
     if numbers and texts:
@@ -262,6 +349,24 @@ def open_arrow(found: ArrowFiles, split: str) -> Labelled:
     return Labelled(source, labels, classes, found.title, in_order=in_order, places=(found.files[0].parent,))
 
 
+def _check_sizes(opened: Any, column: str, path: Path) -> None:
+    """Check what a parquet file says about its images, before any is read.
+
+    Raises:
+        DataError: they have more bytes than images can have, or than the file can hold.
+    """
+    if not isinstance(opened, _Parquet):
+        return
+    most = EXPANSION * path.stat().st_size + KEPT
+    for number, (start, stop) in enumerate(opened.groups):
+        size = opened.size_of(number, column)
+        if size > min(most, LARGEST_IMAGE * max(1, stop - start)):
+            raise DataError(
+                f"{path} says that rows {start} to {stop - 1} have {size:,} bytes of images, too many for "
+                f"a file of {path.stat().st_size:,}: replace the file"
+            )
+
+
 def _add(value: Any, numbers: "array[int]", texts: list[str], path: Path, start: int) -> None:
     """Add the label of the next row of ``path``, whose first row is ``start``, to those of its kind.
 
@@ -272,7 +377,7 @@ def _add(value: Any, numbers: "array[int]", texts: list[str], path: Path, start:
     """
     if isinstance(value, int) and 0 <= value < LARGEST_LABEL:
         numbers.append(int(value))
-    elif isinstance(value, str) and value:
+    elif isinstance(value, str) and 0 < len(value) <= LONGEST_LABEL:
         texts.append(intern(value))
     else:
         raise DataError(
@@ -324,6 +429,8 @@ def _opened(path: Path) -> Any:
     """
     try:
         return _open(path)
+    except DataError:
+        raise
     except ImportError:
         raise DataError(
             f"{path} needs a package that is missing: {_CLOSED}, or give a folder of images"
@@ -341,14 +448,33 @@ def _open(path: Path) -> Any:
     if path.suffix.lower() == ".parquet":
         from pyarrow.parquet import ParquetFile
 
-        return _Parquet(ParquetFile(path))
+        return _Parquet(ParquetFile(path, buffer_size=2**20, pre_buffer=False))  # else it reads whole groups
     import pyarrow
 
     mapped = pyarrow.memory_map(str(path))
     try:
         reader = pyarrow.ipc.open_stream(mapped)
-        return _Arrow(list(reader), reader.schema)
+        return _Arrow(_mapped(reader, path), reader.schema)
     except pyarrow.ArrowInvalid:  # not as a stream, which datasets writes, but with an index at its end
         mapped.seek(0)
         file = pyarrow.ipc.open_file(mapped)
-        return _Arrow([file.get_batch(number) for number in range(file.num_record_batches)], file.schema)
+        batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        return _Arrow(_mapped(batches, path), file.schema)
+
+
+def _mapped(batches: Iterable[Any], path: Path) -> list[Any]:
+    """The batches of an arrow file, which take no memory unless they are compressed.
+
+    Raises:
+        DataError: they are, and are large.
+    """
+    import pyarrow
+
+    found, before = [], pyarrow.total_allocated_bytes()
+    for batch in batches:
+        found.append(batch)
+        if pyarrow.total_allocated_bytes() - before > LARGEST_UNPACKED:
+            raise DataError(
+                f"{path} is compressed, and has more than {LARGEST_UNPACKED:,} bytes: save it without compression"
+            )
+    return found

@@ -207,6 +207,24 @@ class TestArchives:
         with pytest.raises(DataError, match="is encrypted"):
             opened(path)
 
+    @pytest.mark.parametrize("suffix", [".tar", ".zip"])
+    def test_kind_is_told_by_the_first_bytes(self, suffix: str, tmp_path: Path) -> None:
+        inner = write_zip(tmp_path / "inner", {"owl/1.png": png(9)}, zipfile.ZIP_STORED).read_bytes()
+        files = {**images(), "zz/last.zip": inner + b"\0" * (-len(inner) % 512)}
+        tar = write_tar(tmp_path / f"tar{suffix}", images())
+        zipped = write_zip(tmp_path / "zip.tar", images())
+        both = write_tar(tmp_path / "both.tar", files)
+
+        assert pairs(opened(zipped)) == pairs(opened(tar)) == EXPECTED
+        assert zipfile.is_zipfile(both)
+        assert pairs(opened(both)) == EXPECTED
+
+    def test_zip_with_a_program_before_it_is_a_zip(self, tmp_path: Path) -> None:
+        path = write_zip(tmp_path / "a.zip", images())
+        path.write_bytes(b"#!/bin/sh\nexit\n" + path.read_bytes())
+
+        assert pairs(opened(path)) == EXPECTED
+
     @pytest.mark.filterwarnings("ignore:Duplicate name")
     def test_image_twice_is_refused(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -280,6 +298,54 @@ class TestTables:
         assert pairs(opened(tmp_path, "holdout")) == EXPECTED[2::3]
         with pytest.raises(DataError, match="has train, test, holdout, and no other: give other data"):
             opened(tmp_path, "other")
+
+    def test_spaces_around_cells_do_not_count(self, tmp_path: Path) -> None:
+        table = [(f" {name}", f"{label} ", " val") for name, label in write_images(tmp_path)]
+        write_table(tmp_path / "labels.csv", table, "file, label, split")
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+
+    def test_lines_are_those_of_the_file(self, tmp_path: Path) -> None:
+        write_images(tmp_path)
+        (tmp_path / "labels.csv").write_text("\nfilename,label\n\n\ncat_0.png,cat\n\ngone.png,cat\n")
+
+        with pytest.raises(DataError, match=r"line 7 names no image, gone\.png"):
+            opened(tmp_path)
+
+    @pytest.mark.parametrize("bad_images", ["refuse", "skip"])
+    @pytest.mark.parametrize("name", ["/etc/hostname", "../x.png", "images/../../x.png", "../data-2/x.png"])
+    def test_names_that_lead_out_are_refused(self, name: str, bad_images: Any, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        rows = write_images(data)
+        write_images(tmp_path / "data-2")
+        for folder in (tmp_path, tmp_path / "data-2"):
+            (folder / "x.png").write_bytes(png(7))
+        write_table(data / "labels.csv", [*rows, (name, "cat")])
+
+        with pytest.raises(
+            DataError, match=r"line 8 names .*, which is outside .*/data: give paths inside it"
+        ):
+            opened(data, bad_images=bad_images)
+
+    def test_paths_inside_the_data_folder_are_read(self, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        rows = write_images(data / "pictures")
+        (data / "val").mkdir()
+        table = [(f"../pictures/{name}", label) for name, label in rows[:3]]
+        table += [(str(data / "pictures" / name), label) for name, label in rows[3:]]
+        write_table(data / "val" / "labels.csv", table)
+        (tmp_path / "link").symlink_to(data)
+
+        assert pairs(opened(data)) == pairs(opened(tmp_path / "link")) == EXPECTED
+
+    def test_missing_file_does_not_lead_out_when_skipped(self, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        rows = write_images(data)
+        (tmp_path / "x.png").write_bytes(png(7))
+        write_table(data / "labels.csv", [*rows, ("images/../gone.png", "cat")])
+
+        source: Any = opened(data, bad_images="skip").dataset.source
+        assert all(Path(source[index][0]).is_relative_to(data) for index in range(7))
 
     def test_numbers_are_labels_of_the_network(self, tmp_path: Path) -> None:
         rows = write_images(tmp_path)
@@ -416,9 +482,7 @@ class TestCifar:
 
         assert seconds[1] < 40 * seconds[0]  # a hundred times of it, if each mark were searched for
 
-    def test_arrays_of_one_string_are_bounded(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_arrays_of_one_string_are_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cifar, "LARGEST_FILE", 100_000)
         write_cifar10(tmp_path / "set", list(CLASSES))
         pixels = np.zeros((20, 3072), np.uint8)  # 61,440 bytes
@@ -668,7 +732,9 @@ class TestArrow:
         assert path.stat().st_size < 2**20
 
         allocated = arrow.total_allocated_bytes()
-        with pytest.raises(DataError, match=r"rows 0 to 5 have 402,\d{3},\d{3} bytes of images, too many for"):
+        with pytest.raises(
+            DataError, match=r"rows 0 to 5 have 402,\d{3},\d{3} bytes of images, too many for"
+        ):
             opened(path)
         assert arrow.total_allocated_bytes() - allocated < 2**24
 
@@ -678,9 +744,11 @@ class TestArrow:
         path = tmp_path / "a.arrow"
         table = arrow.table({"image": [png(0) + b"\0" * 100_000], "label": [0]})
         options = arrow.ipc.IpcWriteOptions(compression="zstd")
-        with arrow.OSFile(str(path), "wb") as file:
-            with arrow.ipc.new_stream(file, table.schema, options=options) as stream:
-                stream.write_table(table)
+        with (
+            arrow.OSFile(str(path), "wb") as file,
+            arrow.ipc.new_stream(file, table.schema, options=options) as stream,
+        ):
+            stream.write_table(table)
         assert opened(path).images == 1
         monkeypatch.setattr("saqcli.data.forms.arrow.LARGEST_UNPACKED", 10_000)
 

@@ -271,7 +271,7 @@ def _in(folder: Path) -> tuple[Path, ...]:
 
 
 def _listed(state: Path) -> list[str]:
-    """The names of files in the state.json of ``save_to_disk``; none if it is missing, damaged, or names other places."""
+    """The files in the state.json of ``save_to_disk``; none if it is missing, damaged, or names other places."""
     try:
         entries = json.loads(read_text(state, str(state), DataError))["_data_files"]
         names = [entry["filename"] for entry in entries]

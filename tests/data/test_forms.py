@@ -22,11 +22,11 @@ from saqcli.data.datasets import Split, check_split_exists, fingerprint, open_sp
 from saqcli.data.forms import cifar
 from saqcli.data.images import LEFT_OUT
 from saqcli.data.loaders import make_loader
-from saqcli.data.splits import scored_split
-from saqcli.errors import DataError
+from saqcli.data.splits import check_scored, scored_split
+from saqcli.errors import ConfigError, DataError
 from saqcli.models.preprocessing import Preprocessing
 from tests.support.cifar_files import array, batch, dictionary, items, number, text, write_cifar10
-from tests.support.command_line import last_error, saq
+from tests.support.command_line import answer, last_error, saq
 from tests.support.mutations import bytes_of
 
 CLASSES = ("cat", "dog", "owl")
@@ -820,3 +820,23 @@ class TestSplits:
 
         for command in (("eval", *base), ("quantize", *base, "--bits", 4), ("analyze", *base, "--bits", 4)):
             assert "has no folder nosuch/ (it has holdout, train, val)" in last_error(saq(*command))
+
+    @pytest.mark.parametrize("name", ["train", "training", "Train"])
+    def test_training_images_measure_no_accuracy(self, name: str, folder: Path) -> None:
+        base = ("saq/resnet8s", "--no-pretrained", "--data", folder, "--split", name)
+        says = "would measure accuracy on the images that the run learns from: name another split"
+
+        assert says in last_error(saq("quantize", *base, "--bits", 4))
+        given = ("--calibration", folder / "val", "--bits", 4)
+        assert says in last_error(saq("quantize", *base, *given, "--epochs", 1))
+        with pytest.raises(ConfigError, match=says):
+            check_scored(DataSection(path=str(folder), split=name))
+
+    def test_training_images_may_be_evaluated(self, folder: Path) -> None:
+        result = answer(
+            *("eval", "saq/resnet8s", "--no-pretrained", "--data", folder, "--split", "train"),
+            "--num-classes",
+            3,
+        )
+
+        assert result["images"] == 3

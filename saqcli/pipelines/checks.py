@@ -111,7 +111,7 @@ def check_images(section: DataSection, *splits: Literal["train", "val"], files: 
         files: whether the files about classes must exist; a resumed run has stored their content.
 
     Raises:
-        SaqError: all problems in one message: no images given, no such folder, a missing split, both splits the same, or
+        SaqError: all problems in one message: no images given, no such folder, a missing split, both splits alike, or
             missing files about classes.
     """
     problems = Problems()

@@ -21,6 +21,7 @@ from saqcli.data.datasets import (
     Split,
     check_fingerprint,
     check_same_classes,
+    check_set_opens,
     divide,
     fingerprint,
     open_split,
@@ -344,6 +345,15 @@ def open_named(
 def scored_split(section: DataSection, split: str) -> str:
     """The name of a split in the data: ``data.split`` in the place of ``val``, if it is set."""
     return section.split if split == "val" and section.split is not None else split
+
+
+def check_opens(section: DataSection) -> None:
+    """Check that the images of ``data.path`` that accuracy is measured on are there, and can be opened.
+
+    Raises:
+        DataError: they are not.
+    """
+    check_set_opens(data_path(section), scored_split(section, "val"))
 
 
 def check_scored(section: DataSection) -> None:

@@ -467,8 +467,8 @@ def fingerprint(split: Split) -> str:
     """``COUNT:SHA256`` of the images of ``split``, in order.
 
     The hash covers, for a folder, the file names relative to it and the labels, so the data set may be moved; for
-    shards, the file names and their numbers of images; for other data sets, the name without its location, the number
-    of images, and the labels if known.
+    shards, the file names and their numbers of images; for another form, the ``lines`` of its source; for other data
+    sets, the name without its location, the number of images, and the labels if known.
     """
     hashed = hashlib.sha256()
     for line in _lines(split):

@@ -103,18 +103,23 @@ def images_for(
     progress, path = progress_for(json_output=json_output, quiet=quiet), Path(source).expanduser()
     if "data.path" not in given and (path / "manifest.json").is_file():
         try:
-            of_run = data_of_run(RunDirectory.open(path))
+            found = data_of_run(RunDirectory.open(path))
+            if optional and found.path is not None:
+                from saqcli.data.splits import check_opens
+
+                check_opens(found)
+            of_run = found
         except SaqError as error:
             if not optional:
                 given.problems.add(error)
                 return given.data(DataSection(path=str(path)))  # which is not opened
-            progress.note(f"{error}; synthetic ones are used")
+            progress.note(f"{error}; synthetic images are used")
     images = given.data(of_run)
     if images.path is None and named and (of_run is None or not optional or of_run.calibration is None):
         images = images.model_copy(update={"path": named})
         progress.note(f"images: {named} ({DATA_VARIABLE})")
-    elif of_run is not None and (found := images.path or images.calibration) is not None:
-        progress.note(f"images: {found}, those of the run")
+    elif of_run is not None and (place := images.path or images.calibration) is not None:
+        progress.note(f"images: {place}, those of the run")
     return images
 
 

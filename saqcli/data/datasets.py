@@ -330,13 +330,17 @@ def _open_shards(
     data: str, split: SplitName, classes: Classes, order: str | None, class_map: str | None
 ) -> Split:
     """Open tar files in timm's layout, whose labels are numbers."""
-    name, _, root = data.partition("@")
-    root = os.path.expanduser(root or name.partition("/")[2])
+    root = _root_of_shards(data)
     found, parts = read_split(root, _SPLIT_SYNONYMS.get(split, (split,)), data)
     title = f"{data} ({found})"
     return _by_number(
         Split(title, ImageStream(Shards(root, parts), classes.count, title), ()), classes, order, class_map
     )
+
+
+def _root_of_shards(data: str) -> str:
+    name, _, root = data.partition("@")
+    return os.path.expanduser(root or name.partition("/")[2])
 
 
 def _by_number(split: Split, classes: Classes, order: str | None, class_map: str | None) -> Split:
@@ -365,7 +369,37 @@ def _by_number(split: Split, classes: Classes, order: str | None, class_map: str
 def _open_named(
     data: str, split: SplitName, classes: Classes, order: str | None, class_map: str | None
 ) -> Split:
-    """Open one of timm's data sets, under the first existing name of the split."""
+    """Open one of timm's data sets."""
+    opened, synonym = _created(data, split)
+    prefix = data.partition("/")[0].lower()
+    title = f"{data} ({synonym})"
+    if prefix in _STREAMED:
+        return _by_number(
+            Split(title, ImageStream(opened, classes.count, title), ()), classes, order, class_map
+        )
+    if hasattr(opened, "loader"):
+        opened.loader = str  # torchvision's folders give paths; their reader clips images of more than 8 bits
+    labels = getattr(opened, "targets", None)
+    source = getattr(opened, "reader", opened)  # bypasses timm's reading, which silently replaces bad images
+    dataset = ImageSet(source, None if labels is None else list(map(int, labels)), classes.count, title)
+    plain = Split(title, dataset, ())
+    names = _class_names(opened)
+    if not names or len(set(names)) < len(names):
+        return _by_number(plain, classes, order, class_map)
+    numbering = assign_labels(names, classes, title, order=order, class_map=class_map, in_order=True)
+    relabel = {place: numbering.labels[name] for place, name in enumerate(names)}
+    if any(place != label for place, label in relabel.items()):
+        labels = None if dataset.labels is None else [relabel[label] for label in dataset.labels]
+        plain = replace(plain, dataset=replace(dataset, labels=labels, relabel=relabel))
+    return _numbered(plain, numbering)
+
+
+def _created(data: str, split: SplitName) -> tuple[Any, str]:
+    """One of timm's data sets, and the first existing name of the split.
+
+    Raises:
+        DataError: it is not there, or its package is missing.
+    """
     from timm.data import create_dataset
 
     name, _, root = data.partition("@")
@@ -389,27 +423,7 @@ def _open_named(
             f"cannot open the {split} split of {data} in {where or 'its cache'} ({failures[0]}): "
             f"check the name, or give its location with {name}@ROOT"
         )
-
-    title = f"{data} ({synonym})"
-    if prefix in _STREAMED:
-        return _by_number(
-            Split(title, ImageStream(opened, classes.count, title), ()), classes, order, class_map
-        )
-    if hasattr(opened, "loader"):
-        opened.loader = str  # torchvision's folders give paths; their reader clips images of more than 8 bits
-    labels = getattr(opened, "targets", None)
-    source = getattr(opened, "reader", opened)  # bypasses timm's reading, which silently replaces bad images
-    dataset = ImageSet(source, None if labels is None else list(map(int, labels)), classes.count, title)
-    plain = Split(title, dataset, ())
-    names = _class_names(opened)
-    if not names or len(set(names)) < len(names):
-        return _by_number(plain, classes, order, class_map)
-    numbering = assign_labels(names, classes, title, order=order, class_map=class_map, in_order=True)
-    relabel = {place: numbering.labels[name] for place, name in enumerate(names)}
-    if any(place != label for place, label in relabel.items()):
-        labels = None if dataset.labels is None else [relabel[label] for label in dataset.labels]
-        plain = replace(plain, dataset=replace(dataset, labels=labels, relabel=relabel))
-    return _numbered(plain, numbering)
+    return opened, synonym
 
 
 def _class_names(opened: Any) -> tuple[str, ...]:
@@ -434,12 +448,27 @@ def check_split_exists(data: str, split: SplitName) -> None:
             find_split(path, split)
 
 
+def check_set_opens(data: str, split: SplitName) -> None:
+    """As ``check_split_exists``, but timm's strings are checked by opening the data set.
+
+    Raises:
+        DataError: the data or the split does not exist.
+    """
+    prefix = data.partition("/")[0].lower()
+    if prefix in _RANDOM_ACCESS + _STREAMED and not named_path(data).exists():
+        _created(data, split)
+    elif prefix == _SHARDED and not named_path(data).exists():
+        read_split(_root_of_shards(data), _SPLIT_SYNONYMS.get(split, (split,)), data)
+    else:
+        check_split_exists(data, split)
+
+
 def fingerprint(split: Split) -> str:
     """``COUNT:SHA256`` of the images of ``split``, in order.
 
     The hash covers, for a folder, the file names relative to it and the labels, so the data set may be moved; for
-    shards, the file names and their numbers of images; for other data sets, the name without its location, the number
-    of images, and the labels if known.
+    shards, the file names and their numbers of images; for another form, the ``lines`` of its source; for other data
+    sets, the name without its location, the number of images, and the labels if known.
     """
     hashed = hashlib.sha256()
     for line in _lines(split):

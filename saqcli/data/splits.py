@@ -21,11 +21,13 @@ from saqcli.data.datasets import (
     Split,
     check_fingerprint,
     check_same_classes,
+    check_set_opens,
     divide,
     fingerprint,
     open_split,
     open_unlabelled,
 )
+from saqcli.data.forms.labelled import SYNONYMS
 from saqcli.data.images import ImageSet
 from saqcli.data.loaders import (
     calibration_loader,
@@ -100,12 +102,14 @@ class Images:
             trains: whether labelled training images are needed in addition to ``data.calibration``.
 
         Raises:
-            ConfigError: neither ``data.path`` nor ``data.calibration`` is set.
+            ConfigError: neither ``data.path`` nor ``data.calibration`` is set, or ``data.split`` is the training split,
+                which the run learns from.
             DataError: the splits cannot be used with this network.
         """
         if config.data.calibration is not None:
             return cls._open_unlabelled(config, classes, preprocessing, device, progress, trains=trains)
         notes: dict[str, None] = {}
+        check_scored(config.data)
         limit = Limit.for_kind(config.data.cache, distributed.count())
         train, val = (
             _open(config.data, split, classes, notes, progress, limit) for split in ("train", "val")
@@ -146,6 +150,7 @@ class Images:
             )
             kept = [val]
             if trains:
+                check_scored(section)
                 train = _open(section, "train", classes, notes, progress, limit)
                 check_same_classes(train, val)
                 check_shared(train, section.batch_size)
@@ -340,6 +345,28 @@ def open_named(
 def scored_split(section: DataSection, split: str) -> str:
     """The name of a split in the data: ``data.split`` in the place of ``val``, if it is set."""
     return section.split if split == "val" and section.split is not None else split
+
+
+def check_opens(section: DataSection) -> None:
+    """Check that the images of ``data.path`` that accuracy is measured on are there, and can be opened.
+
+    Raises:
+        DataError: they are not.
+    """
+    check_set_opens(data_path(section), scored_split(section, "val"))
+
+
+def check_scored(section: DataSection) -> None:
+    """Check that a run that trains or calibrates on training images is scored on others.
+
+    Raises:
+        ConfigError: ``data.split`` is the training split.
+    """
+    if section.split is not None and section.split.lower() in SYNONYMS["train"]:
+        raise ConfigError(
+            f"`data.split={section.split}` would measure accuracy on the images that the run learns from: name another "
+            "split, or leave it out"
+        )
 
 
 def _open(

@@ -18,7 +18,7 @@ from saqcli.analysis import AnalysisInput
 from saqcli.api.sources import ANALYZED, find_source, named_builder, named_file
 from saqcli.config import DataSection, ModelSection, QuantizationSection, RunConfig, resolve
 from saqcli.data.loaders import calibration_loader, read_all
-from saqcli.data.splits import workers_of
+from saqcli.data.splits import scored_split, workers_of
 from saqcli.errors import ConfigError, Problems, RunDirectoryError
 from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
@@ -54,11 +54,10 @@ class ImageSelection:
     images: int
     seed: int
 
-
-def images_of(count: int, split: str) -> str:
-    """``500 training images``."""
-    kind = {"train": "training", "val": "validation"}[split]
-    return f"{count:,} {kind} image{'' if count == 1 else 's'}"
+    @property
+    def split_name(self) -> str:
+        """The name of the split in the data: that of ``data.split`` in the place of ``val``, if it is set."""
+        return scored_split(self.data, self.split)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings, measure
 from saqcli.api.sources import QUANTIZED, find_source, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
-from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_source, images_of, open_input
+from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_source, open_input
 from saqcli.pipelines.checks import check_device, check_images
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
-from saqcli.report.analysis_file import AnalysisFile, SubjectMetadata, digest_of
+from saqcli.report.analysis_file import AnalysisFile, SubjectMetadata, digest_of, images_of
 from saqcli.report.canvas import model_names
 from saqcli.report.page.page import NAME as PAGE
 from saqcli.report.page.page import page_after_analysis, try_page
@@ -58,7 +58,7 @@ def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectM
         model=opened.metadata.policy.model,
         sha256=opened.sha256,
         latent_weights=opened.subject.latent,
-        split=selection.split,
+        split=selection.split_name,
         images=opened.score.images,
         images_sha256=opened.images_sha256,
         seed=selection.seed,
@@ -322,7 +322,7 @@ def _measure(request: Request, opened: list[OpenedModel], settings: Settings, pr
     ]
     files = [folder.path_of(name) for folder in folders for name in request.instruments]
     names = model_names([(one.metadata.model, one.metadata.target) for one in measured])
-    images = images_of(opened[0].score.images, request.selection.split)
+    images = images_of(opened[0].score.images, request.selection.split_name)
     with progress.task("drawing", len(request.instruments)) as task:
         for name in request.instruments:
             subjects = [(model, one.readings[name]) for model, one in zip(names, measured, strict=True)]

@@ -12,7 +12,7 @@ from torch import nn
 from saqcli.api.sources import check_not_run
 from saqcli.config import DataSection, ModelSection, RunConfig
 from saqcli.data.datasets import check_split_exists
-from saqcli.data.splits import data_path, scored_split
+from saqcli.data.splits import check_scored, data_path, scored_split
 from saqcli.data.unlabelled import check_unlabelled
 from saqcli.errors import ConfigError, Problems, SaqError
 from saqcli.export import STYLES
@@ -111,12 +111,14 @@ def check_images(section: DataSection, *splits: Literal["train", "val"], files: 
         files: whether the files about classes must exist; a resumed run has stored their content.
 
     Raises:
-        SaqError: all problems in one message: no images given, no such folder, a missing split, or missing files about
-            classes.
+        SaqError: all problems in one message: no images given, no such folder, a missing split, both splits alike, or
+            missing files about classes.
     """
     problems = Problems()
     if files:
         problems.attempt(check_files, section.class_order, section.class_map)
+    if {"train", "val"} <= set(splits):
+        problems.attempt(check_scored, section)
     path = problems.attempt(data_path, section)
     if path is not None:
         for split in splits:

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from saqcli.serialization import json_text
+from saqcli.serialization import json_text, printable
+from saqcli.units import counted
 
 
 class SubjectMetadata(BaseModel):
@@ -16,7 +17,7 @@ class SubjectMetadata(BaseModel):
         model: canonical name of the network.
         sha256: hash of all tensors of the model.
         latent_weights: whether its latent weights were available.
-        split: split of the data.
+        split: ``train``, ``val``, or the name of another split of the data.
         images: number of images.
         images_sha256: hash of the images, their labels and batch sizes.
         seed: random seed of the draw of images.
@@ -30,7 +31,7 @@ class SubjectMetadata(BaseModel):
     model: str
     sha256: str
     latent_weights: bool
-    split: Literal["train", "val"]
+    split: str
     images: int
     images_sha256: str
     seed: int
@@ -62,6 +63,17 @@ class AnalysisFile(BaseModel):
     settings: dict[str, Any]
     reading: dict[str, Any]
     sha256: str
+
+
+def images_of(count: int, split: str) -> str:
+    """The images of an analysis, for people.
+
+    Example:
+        >>> images_of(500, "train"), images_of(1, "val"), images_of(20, "holdout")
+        ('500 training images', '1 validation image', '20 images of holdout')
+    """
+    kind = {"train": "training image", "val": "validation image"}.get(split)
+    return counted(count, kind) if kind else f"{counted(count, 'image')} of {printable(split, 60)}"
 
 
 def digest_of(tree: dict[str, Any]) -> str:

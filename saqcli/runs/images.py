@@ -30,7 +30,10 @@ def data_of_run(run: RunDirectory) -> DataSection:
     start = Path(then[0].directory) if then else Path.cwd()
     changes: dict[str, Any] = {"class_order": None, "class_map": None}
     for setting, text in (("path", section.path), ("calibration", section.calibration)):
-        if text is None or (setting == "path" and is_named_set(text)):
+        if text is None:
+            continue
+        if setting == "path" and is_named_set(text) and not (start / text).exists():
+            changes[setting] = _stored_in(text, start)
             continue
         path = named_path(text)
         if start != Path.cwd() and (start / path).exists():
@@ -38,6 +41,20 @@ def data_of_run(run: RunDirectory) -> DataSection:
         check_still_there(setting, path, str(run.path))
         changes[setting] = str(path)
     return section.model_copy(update=changes)
+
+
+def _stored_in(data: str, start: Path) -> str:
+    """The name of a timm data set with its storage, where that is relative to the folder ``start`` and still there.
+
+    Without a storage, torch/ and tfds/ data are in the current folder, and wds/ data in the folder of their name.
+    """
+    name, _, root = data.partition("@")
+    prefix, _, rest = name.partition("/")
+    root = root or {"torch": ".", "tfds": ".", "wds": rest}.get(prefix.lower(), "")
+    place = start / Path(root).expanduser()
+    if start == Path.cwd() or not root or ":" in root or not place.exists():
+        return data
+    return f"{name}@{place}"
 
 
 def check_still_there(setting: str, path: Path, run: str) -> None:

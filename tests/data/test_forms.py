@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +19,14 @@ from PIL import Image
 
 from saqcli.config import DataSection
 from saqcli.data.datasets import Split, check_split_exists, fingerprint, open_split, subset
+from saqcli.data.forms import cifar
 from saqcli.data.images import LEFT_OUT
 from saqcli.data.loaders import make_loader
-from saqcli.data.splits import scored_split
-from saqcli.errors import DataError
+from saqcli.data.splits import check_scored, scored_split
+from saqcli.errors import ConfigError, DataError
 from saqcli.models.preprocessing import Preprocessing
 from tests.support.cifar_files import array, batch, dictionary, items, number, text, write_cifar10
-from tests.support.command_line import last_error, saq
+from tests.support.command_line import answer, last_error, saq
 from tests.support.mutations import bytes_of
 
 CLASSES = ("cat", "dog", "owl")
@@ -205,6 +207,24 @@ class TestArchives:
         with pytest.raises(DataError, match="is encrypted"):
             opened(path)
 
+    @pytest.mark.parametrize("suffix", [".tar", ".zip"])
+    def test_kind_is_told_by_the_first_bytes(self, suffix: str, tmp_path: Path) -> None:
+        inner = write_zip(tmp_path / "inner", {"owl/1.png": png(9)}, zipfile.ZIP_STORED).read_bytes()
+        files = {**images(), "zz/last.zip": inner + b"\0" * (-len(inner) % 512)}
+        tar = write_tar(tmp_path / f"tar{suffix}", images())
+        zipped = write_zip(tmp_path / "zip.tar", images())
+        both = write_tar(tmp_path / "both.tar", files)
+
+        assert pairs(opened(zipped)) == pairs(opened(tar)) == EXPECTED
+        assert zipfile.is_zipfile(both)
+        assert pairs(opened(both)) == EXPECTED
+
+    def test_zip_with_a_program_before_it_is_a_zip(self, tmp_path: Path) -> None:
+        path = write_zip(tmp_path / "a.zip", images())
+        path.write_bytes(b"#!/bin/sh\nexit\n" + path.read_bytes())
+
+        assert pairs(opened(path)) == EXPECTED
+
     @pytest.mark.filterwarnings("ignore:Duplicate name")
     def test_image_twice_is_refused(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -278,6 +298,54 @@ class TestTables:
         assert pairs(opened(tmp_path, "holdout")) == EXPECTED[2::3]
         with pytest.raises(DataError, match="has train, test, holdout, and no other: give other data"):
             opened(tmp_path, "other")
+
+    def test_spaces_around_cells_do_not_count(self, tmp_path: Path) -> None:
+        table = [(f" {name}", f"{label} ", " val") for name, label in write_images(tmp_path)]
+        write_table(tmp_path / "labels.csv", table, "file, label, split")
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+
+    def test_lines_are_those_of_the_file(self, tmp_path: Path) -> None:
+        write_images(tmp_path)
+        (tmp_path / "labels.csv").write_text("\nfilename,label\n\n\ncat_0.png,cat\n\ngone.png,cat\n")
+
+        with pytest.raises(DataError, match=r"line 7 names no image, gone\.png"):
+            opened(tmp_path)
+
+    @pytest.mark.parametrize("bad_images", ["refuse", "skip"])
+    @pytest.mark.parametrize("name", ["/etc/hostname", "../x.png", "images/../../x.png", "../data-2/x.png"])
+    def test_names_that_lead_out_are_refused(self, name: str, bad_images: Any, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        rows = write_images(data)
+        write_images(tmp_path / "data-2")
+        for folder in (tmp_path, tmp_path / "data-2"):
+            (folder / "x.png").write_bytes(png(7))
+        write_table(data / "labels.csv", [*rows, (name, "cat")])
+
+        with pytest.raises(
+            DataError, match=r"line 8 names .*, which is outside .*/data: give paths inside it"
+        ):
+            opened(data, bad_images=bad_images)
+
+    def test_paths_inside_the_data_folder_are_read(self, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        rows = write_images(data / "pictures")
+        (data / "val").mkdir()
+        table = [(f"../pictures/{name}", label) for name, label in rows[:3]]
+        table += [(str(data / "pictures" / name), label) for name, label in rows[3:]]
+        write_table(data / "val" / "labels.csv", table)
+        (tmp_path / "link").symlink_to(data)
+
+        assert pairs(opened(data)) == pairs(opened(tmp_path / "link")) == EXPECTED
+
+    def test_missing_file_does_not_lead_out_when_skipped(self, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        rows = write_images(data)
+        (tmp_path / "x.png").write_bytes(png(7))
+        write_table(data / "labels.csv", [*rows, ("images/../gone.png", "cat")])
+
+        source: Any = opened(data, bad_images="skip").dataset.source
+        assert all(Path(source[index][0]).is_relative_to(data) for index in range(7))
 
     def test_numbers_are_labels_of_the_network(self, tmp_path: Path) -> None:
         rows = write_images(tmp_path)
@@ -388,6 +456,9 @@ class TestCifar:
             ),
             (b"\x80\x02cnumpy\nndarray\nU\x01x\x85R.", "it calls something else"),
             (b"", "it is damaged|it has no end"),
+            (b"\x80\x02]K\x01e.", "its stack has no mark"),
+            (b"\x80\x02](K\x01\x85a.", "list index out of range"),
+            (b"]" * 1_100_000 + b".", "it has more than 1,000,000 opcodes"),
         ],
     )
     def test_anything_else_is_refused_without_running_it(
@@ -397,6 +468,33 @@ class TestCifar:
         (tmp_path / "set" / "test_batch").write_bytes(content)
 
         with pytest.raises(DataError, match=says):
+            opened(tmp_path / "set")
+
+    def test_marks_take_linear_time(self, tmp_path: Path) -> None:
+        write_cifar10(tmp_path / "set", list(CLASSES))
+        seconds = []
+        for size in (20_000, 200_000):
+            (tmp_path / "set" / "test_batch").write_bytes(b"]" * size + b"(e" * size + b".")
+            start = time.process_time()
+            with pytest.raises(DataError, match="it holds no dictionary"):
+                opened(tmp_path / "set")
+            seconds.append(time.process_time() - start)
+
+        assert seconds[1] < 40 * seconds[0]  # a hundred times of it, if each mark were searched for
+
+    def test_arrays_of_one_string_are_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cifar, "LARGEST_FILE", 100_000)
+        write_cifar10(tmp_path / "set", list(CLASSES))
+        pixels = np.zeros((20, 3072), np.uint8)  # 61,440 bytes
+        once, string = array(pixels), text(pixels.tobytes())
+        kept = once.replace(string, string + b"q\x30")
+        again = once.replace(string, b"h\x30")
+        labels = items([number(0)] * 20)
+        content = dictionary({b"labels": labels, b"data": kept, b"more": again})
+        (tmp_path / "set" / "test_batch").write_bytes(content)
+        assert len(content) < 70_000
+
+        with pytest.raises(DataError, match="its arrays have more than 100,000 bytes"):
             opened(tmp_path / "set")
 
     def test_mutated_files_are_read_or_refused(self, tmp_path: Path) -> None:
@@ -484,6 +582,58 @@ class TestArrow:
 
         assert pairs(opened(tmp_path, "train")) == pairs(opened(tmp_path, "test")) == EXPECTED
 
+    @pytest.mark.parametrize("listed", [True, False])
+    def test_caches_of_datasets_are_no_data(self, listed: bool, arrow: Any, tmp_path: Path) -> None:
+        table, folder = arrow_table(arrow), tmp_path / "val"
+        name = "data-00000-of-00001.arrow"
+        for file in (name, "cache-1f2e3d4c5b6a7980.arrow", "tmp.arrow"):
+            write_arrow(arrow, folder / file, table)
+        state = {"_data_files": [{"filename": name}]} if listed else {}
+        (folder / "state.json").write_text(json.dumps(state))
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+        (folder / name).unlink()
+        if listed:
+            with pytest.raises(DataError, match=r"state.json lists data-00000-of-00001.arrow, not in"):
+                opened(tmp_path)
+
+    @pytest.mark.parametrize("name", ["../other.arrow", "/etc/x.arrow", 3, None])
+    def test_list_of_files_outside_is_not_followed(self, name: Any, arrow: Any, tmp_path: Path) -> None:
+        write_arrow(arrow, tmp_path / "other.arrow", arrow_table(arrow).slice(0, 1))
+        write_arrow(arrow, tmp_path / "val" / "data-00000-of-00001.arrow", arrow_table(arrow))
+        (tmp_path / "val" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+
+    @pytest.mark.parametrize(
+        ("train", "val"),
+        [
+            ("train-00000-of-00001-a09b74b3ef9c3b56", "test-00000-of-00001-1c2d3e4f5a6b7c8d"),
+            ("cifar10-train-00000-of-00002", "cifar10-test-00000-of-00002"),
+            ("my-own.set-train-00000-of-00001", "my-own.set-validation-00000-of-00001"),
+            ("train", "val"),
+            ("cifar10-train", "cifar10-test"),
+        ],
+    )
+    def test_names_of_shards_say_the_split(self, train: str, val: str, arrow: Any, tmp_path: Path) -> None:
+        table = arrow_table(arrow)
+        for stem, part in ((train, table.slice(0, 2)), (val, table)):
+            write_arrow(arrow, tmp_path / f"{stem}.arrow", part)
+
+        assert pairs(opened(tmp_path, "train")) == EXPECTED[:2]
+        assert pairs(opened(tmp_path, "val")) == EXPECTED
+
+    @pytest.mark.parametrize("below", ["", "val"])
+    def test_class_folders_with_a_file_beside_them_stay_class_folders(
+        self, below: str, arrow: Any, tmp_path: Path
+    ) -> None:
+        for name, content in images().items():
+            (tmp_path / below / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / below / name).write_bytes(content)
+        write_arrow(arrow, tmp_path / below / "index.arrow", arrow.table({"path": ["cat/0.png"]}))
+
+        assert pairs(opened(tmp_path)) == EXPECTED
+
     def test_text_labels_of_a_single_file(self, arrow: Any, tmp_path: Path) -> None:
         from pyarrow.parquet import write_table as write
 
@@ -513,6 +663,11 @@ class TestArrow:
             ({"label": [1]}, "and none of images"),
             ({"image": [b"x"], "label": [None]}, r"has no label in row 0 \(None\)"),
             ({"image": [b"x"], "label": [-1]}, r"has no label in row 0 \(-1\)"),
+            ({"image": [b"x"] * 2, "label": [0, -2]}, r"has no label in row 1 \(-2\)"),
+            ({"image": [b"x"], "label": [0.5]}, r"has no label in row 0 \(0\.5\)"),
+            ({"image": [b"x"] * 2, "label": ["cat", ""]}, r"has no label in row 1 \(''\)"),
+            ({"image": [b"x"], "label": [2**40]}, r"has no label in row 0 \(1099511627776\)"),
+            ({"image": [b"x"], "label": [[1] * 100_000]}, r"has no label in row 0 \(\[1, .{90,110}\): give"),
             ({"image": [b"x"], "label": [9]}, "has the label 9, the model has classes 0 to 2"),
             ({"image": [], "label": []}, "has no rows"),
         ],
@@ -525,6 +680,21 @@ class TestArrow:
         with pytest.raises(DataError, match=says):
             opened(path)
 
+    def test_booleans_are_labels(self, arrow: Any, tmp_path: Path) -> None:
+        table = arrow.table({"image": [png(1), png(2)], "label": [True, False]})
+
+        found = opened(write_arrow(arrow, tmp_path / "a.arrow", table), num_classes=2)
+
+        assert pairs(found) == [(1, 1), (2, 0)]
+
+    def test_labels_of_two_kinds_are_refused(self, arrow: Any, tmp_path: Path) -> None:
+        for place, label in enumerate((1, "cat")):
+            table = arrow.table({"image": [png(1)], "label": [label]})
+            write_arrow(arrow, tmp_path / f"val-{place:05d}-of-00002.arrow", table)
+
+        with pytest.raises(DataError, match="has numbers and texts as labels in label: give"):
+            opened(tmp_path)
+
     def test_cell_without_an_image_is_named(self, arrow: Any, tmp_path: Path) -> None:
         path = write_arrow(arrow, tmp_path / "a.arrow", arrow.table({"image": [None, b"x"], "label": [0, 1]}))
         split = opened(path)
@@ -533,6 +703,74 @@ class TestArrow:
             split.dataset[0]  # type: ignore[index]
         with pytest.raises(DataError, match=r"row 1 of .*a.arrow \(it is not an image\)"):
             split.dataset[1]  # type: ignore[index]
+
+    def test_images_that_stay_in_memory_are_bounded(
+        self, arrow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from pyarrow.parquet import write_table as write
+
+        noise = np.random.default_rng(0).bytes(10_000)
+        cells = [png(place) + noise for place in range(200)]
+        path = tmp_path / "a.parquet"
+        table = arrow.table({"image": cells, "label": [0] * 200})
+        write(table, path, row_group_size=150, use_dictionary=False)
+        monkeypatch.setattr("saqcli.data.forms.arrow.KEPT", 200_000)
+        split = opened(path)
+        source: Any = split.dataset.source
+
+        for index in (0, 149, 3, 150, 199, 151, 0, 80, 79, 78, 160, *range(200)):
+            assert np.asarray(split.dataset[index][0])[0, 0, 0] == index  # type: ignore[index]
+            held = sum(len(part) for part in source._window.kept)
+            assert 0 < held <= 40  # 20 images of 10,000 bytes fit, and one batch of them is read at once
+            assert source._window.size < 400_000
+
+    def test_sizes_are_checked_before_reading(self, arrow: Any, tmp_path: Path) -> None:
+        from pyarrow.parquet import write_table as write
+
+        path, table = tmp_path / "a.parquet", {"image": [b"\0" * 2**26] * 6, "label": [0] * 6}
+        write(arrow.table(table), path, compression="zstd", use_dictionary=False)
+        assert path.stat().st_size < 2**20
+
+        allocated = arrow.total_allocated_bytes()
+        with pytest.raises(
+            DataError, match=r"rows 0 to 5 have 402,\d{3},\d{3} bytes of images, too many for"
+        ):
+            opened(path)
+        assert arrow.total_allocated_bytes() - allocated < 2**24
+
+    def test_large_compressed_arrow_is_refused(
+        self, arrow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "a.arrow"
+        table = arrow.table({"image": [png(0) + b"\0" * 100_000], "label": [0]})
+        options = arrow.ipc.IpcWriteOptions(compression="zstd")
+        with (
+            arrow.OSFile(str(path), "wb") as file,
+            arrow.ipc.new_stream(file, table.schema, options=options) as stream,
+        ):
+            stream.write_table(table)
+        assert opened(path).images == 1
+        monkeypatch.setattr("saqcli.data.forms.arrow.LARGEST_UNPACKED", 10_000)
+
+        with pytest.raises(DataError, match="is compressed, and has more than 10,000 bytes: save it without"):
+            opened(path)
+
+    @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+    def test_fingerprint_sees_images_and_survives_a_move(
+        self, suffix: str, arrow: Any, tmp_path: Path
+    ) -> None:
+        from pyarrow.parquet import write_table as write
+
+        prints = []
+        for folder, grey in (("a", 1), ("b", 2), ("c", 1)):
+            table = arrow.table({"image": [png(1) + bytes([grey])], "label": [0]})
+            path = tmp_path / folder / f"x.{suffix}"
+            write_arrow(arrow, path, table)
+            if suffix == "parquet":
+                write(table, path)
+            prints.append(fingerprint(opened(path)))
+
+        assert prints[0] == prints[2] != prints[1]
 
     @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
     def test_mutated_files_are_read_or_refused(self, suffix: str, arrow: Any, tmp_path: Path) -> None:
@@ -582,3 +820,23 @@ class TestSplits:
 
         for command in (("eval", *base), ("quantize", *base, "--bits", 4), ("analyze", *base, "--bits", 4)):
             assert "has no folder nosuch/ (it has holdout, train, val)" in last_error(saq(*command))
+
+    @pytest.mark.parametrize("name", ["train", "training", "Train"])
+    def test_training_images_measure_no_accuracy(self, name: str, folder: Path) -> None:
+        base = ("saq/resnet8s", "--no-pretrained", "--data", folder, "--split", name)
+        says = "would measure accuracy on the images that the run learns from: name another split"
+
+        assert says in last_error(saq("quantize", *base, "--bits", 4))
+        given = ("--calibration", folder / "val", "--bits", 4)
+        assert says in last_error(saq("quantize", *base, *given, "--epochs", 1))
+        with pytest.raises(ConfigError, match=says):
+            check_scored(DataSection(path=str(folder), split=name))
+
+    def test_training_images_may_be_evaluated(self, folder: Path) -> None:
+        result = answer(
+            *("eval", "saq/resnet8s", "--no-pretrained", "--data", folder, "--split", "train"),
+            "--num-classes",
+            3,
+        )
+
+        assert result["images"] == 3

@@ -99,6 +99,19 @@ class TestTargets:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["top1"] == expected["top1"]
 
+    def test_another_split_is_named(self, run: Path, digits: Path, tmp_path: Path) -> None:
+        for name, split in (("train", "train"), ("val", "val"), ("holdout", "val")):
+            (tmp_path / name).symlink_to(digits / "few" / split)
+        command = ("analyze", run, "--data", tmp_path, "--images", 40, "--flips", "--out", tmp_path / "out")
+
+        found = answer(*command, "--split", "holdout")
+        shown = saq(*command, "--split", "holdout", "--overwrite").output
+
+        written = json.loads((tmp_path / "out" / "flips.json").read_text())["subject"]
+        assert found["split"] == written["split"] == "holdout"
+        assert f"on {found['images']} images of holdout" in shown
+        assert "top-1 on images of holdout" in shown
+
     def test_latent_weights_come_from_checkpoint(
         self, run: Path, data: tuple[object, ...], tmp_path: Path, everything: dict[str, Any]
     ) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from saqcli.verify.layerwise import LayerCheck, LayerwiseCheck
 from saqcli.verify.runtime import onnx_session
 from saqcli.verify.verdict import IMAGES, Verdict, synthetic_batches, verdict_path, verdict_text
 from tests.support.command_line import answer, last_error, saq
+from tests.support.digits import MODEL, float_options
 from tests.support.sweeps import sweep
 
 FIGURES = {
@@ -429,3 +431,25 @@ def test_flipped_code_is_explained() -> None:
         assert figure in verdict.explanation
     verdict.max_abs_diff = 1e-5
     assert verdict.explanation is None
+
+
+def test_run_on_a_named_set_is_exported_from_any_folder(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, run = tmp_path / "started", tmp_path / "run"
+    shutil.copytree(digits / "few", started)
+    monkeypatch.chdir(started)
+    options = ("--bits", 8, "--epochs", 0, "--run-dir", run, "--set", "data.verify_images=20", "--no-export")
+    answer("quantize", MODEL, *float_options(digits, Path("torch/image_folder")), *options)
+    monkeypatch.chdir(tmp_path)
+
+    there = answer("export", run)
+    started.rename(tmp_path / "moved")
+    gone = saq("export", run, "--overwrite")
+
+    assert there["verified_on"] == f"torch/image_folder@{started}"
+    assert "64 synthetic images" in gone.stdout
+    said = " ".join(gone.stderr.split())
+    assert "cannot open the val split of torch/image_folder in ." in said
+    assert "synthetic images are used" in said
+    assert "cannot open the val split of torch/image_folder in ." in last_error(saq("eval", run))

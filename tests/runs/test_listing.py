@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from saqcli.cli.options import Given
+from saqcli.cli.run_options import images_for
 from saqcli.config import resolve_into
 from saqcli.errors import DataError, Problems, RunDirectoryError
 from saqcli.runs.directory import RunDirectory
@@ -98,6 +100,44 @@ class TestImages:
 
         assert found.path == str(here / "images")
         assert found.class_order is None
+
+    @pytest.mark.parametrize(
+        ("data", "elsewhere"),
+        [
+            ("torch/image_folder", "torch/image_folder@{start}"),
+            ("torch/mnist@stored", "torch/mnist@{start}/stored"),
+            ("torch/mnist@/nowhere", "torch/mnist@/nowhere"),
+            ("wds/stored", "wds/stored@{start}/stored"),
+            ("wds/https://host/stored", "wds/https://host/stored"),
+            ("wds/stored@pipe:cat stored", "wds/stored@pipe:cat stored"),
+            ("hfds/owner/name", "hfds/owner/name"),
+            ("torch/folder", "{start}/torch/folder"),
+        ],
+    )
+    def test_named_sets_are_stored_relative_to_the_folder_of_the_run(
+        self, data: str, elsewhere: str, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("stored", "elsewhere", "torch/folder"):
+            (here / name).mkdir(parents=True)
+        run = make_run("runs/a", age=1, path=data).absolute()
+        assert data_of_run(RunDirectory.open(run)).path == data
+        monkeypatch.chdir(here / "elsewhere")
+
+        assert data_of_run(RunDirectory.open(run)).path == elsewhere.format(start=here)
+
+    @pytest.mark.parametrize("data", ["torch/mnist", "torch/image_folder", "wds/shards", "images"])
+    def test_export_without_the_images_says_so(
+        self, data: str, here: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (here / "images" / "train" / "cat").mkdir(parents=True)  # without val/
+        run = make_run("runs/a", age=1, path=data).absolute()
+
+        found = images_for(Given(), str(run), json_output=False, quiet=False, optional=True)
+
+        assert found.path is None
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.endswith("; synthetic images are used")
+        assert said.count(data) >= 1
 
     def test_moved_images_are_reported_with_the_remedy(self) -> None:
         run = make_run("runs/a", age=1, path="images")

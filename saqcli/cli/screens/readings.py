@@ -11,7 +11,7 @@ from rich.console import Console
 
 from saqcli.analysis import INSTRUMENTS
 from saqcli.cli.screens.tables import print_table, print_text
-from saqcli.pipelines.analysis_inputs import images_of
+from saqcli.report.analysis_file import images_of
 from saqcli.report.canvas import titles
 from saqcli.units import counted, format_figure, format_quantity, with_error
 from saqcli.verify.kernels import Operator, summary
@@ -51,7 +51,7 @@ def show_analysis(result: dict[str, Any]) -> None:
 
 def _rows(model: dict[str, Any], split: str) -> dict[str, str]:
     """Figures of one model by title."""
-    on = "training images" if split == "train" else "validation images"
+    on = images_of(2, split).removeprefix("2 ")
     rows = {
         f"loss on {on}": format_figure(model["loss"], ".4f"),
         f"top-1 on {on}": format_figure(model["top1"], ".2f", " %"),

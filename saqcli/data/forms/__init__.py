@@ -33,5 +33,6 @@ def find_form(data: Path, split: str, *, dead_images: bool = False) -> Callable[
     if (archive := find_archive(data, split)) is not None:
         return partial(open_archive, archive, split)
     if (table := find_table(data, split)) is not None:
-        return partial(open_table, table, split, dead_images=dead_images)
+        root = data if data.is_dir() else data.parent
+        return partial(open_table, table, split, root=root, dead_images=dead_images)
     return None

@@ -4,24 +4,40 @@ A folder holds ``data/train-00000-of-00002.parquet`` and the like, or is what ``
 split with arrow files. Images are encoded in the table. Names of classes come from the features in its metadata.
 """
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from saqcli.data.archives import EncodedImage
+from saqcli.data.folders import is_image
 from saqcli.data.forms.labelled import LARGEST_IMAGE, Labelled, names_of, no_split, numbered
 from saqcli.errors import DataError
-from saqcli.serialization import printable
+from saqcli.serialization import printable, read_text, some
 
 SUFFIXES = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
-MOST_ROWS = 10**8
-_SHARD = re.compile(r"(?P<split>[\w.]+?)(-\d{5}-of-\d{5})?")
+MOST_ROWS = 2 * 10**7
+LARGEST_LABEL = 2**31
+_SHARD = re.compile(r"(?:[\w.]+-)*?(?P<split>[\w.]+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
+LONGEST_LABEL = 1000  # characters
+BATCH = 64  # images read at once
+LABELS = 1024  # labels read at once
+KEPT = 2**26  # bytes of images that stay in memory, in each process
+EXPANSION = 100  # images in a parquet file are compressed at most to this share
+LARGEST_UNPACKED = 2**30  # bytes of compressed arrow files, which are unpacked as a whole
+SAMPLED, SAMPLES = 2**14, 256  # bytes of a block, and blocks, of which fingerprints are made
 _CLOSED = 'pip install "saq[parquet]"'
 
 
@@ -47,19 +63,19 @@ class Rows:
     files: tuple[str, ...]
     column: str
     starts: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: Sequence[int]
     _opened: dict[str, Any] = field(default_factory=dict, repr=False)
-    _last: tuple[str, int, Any] | None = field(default=None, repr=False)  # a group of rows, as they were read
+    _window: "_Window | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, which no other process can use."""
-        return {**self.__dict__, "_opened": {}, "_last": None}
+        return {**self.__dict__, "_opened": {}, "_window": None}
 
     def __getitem__(self, index: int, /) -> tuple[EncodedImage, int]:
-        place = next(number for number, end in enumerate(self.starts[1:]) if index < end)
+        place = bisect_right(self.starts, index) - 1
         file = self.files[place]
         name = f"row {index - self.starts[place]} of {file}"
         try:
@@ -74,23 +90,76 @@ class Rows:
         return EncodedImage(content, name), self.labels[index]
 
     def _cell(self, file: str, row: int) -> Any:
-        """The value of a row; the group of rows around it is kept."""
+        """The value of a row; those before it in its group are kept, as far as they fit."""
         opened = self._opened.get(file)
         if opened is None:
             opened = self._opened[file] = _open(Path(file))
-        for number, (start, stop) in enumerate(opened.groups):
-            if start <= row < stop:
-                if self._last is None or self._last[:2] != (file, number):
-                    self._last = (file, number, opened.read(number, self.column))
-                return self._last[2][row - start].as_py()
-        raise IndexError(row)
+        number = bisect_right(opened.groups, row, key=lambda group: group[0]) - 1
+        while opened.groups[number][1] <= row:  # empty groups
+            number += 1
+        place, window = row - opened.groups[number][0], self._window
+        if window is None or window.group != (file, number) or place < window.first:
+            window = self._window = _Window((file, number), opened.batches(number, self.column, BATCH))
+        return window.cell(place).as_py()
 
     def lines(self) -> Iterator[str]:
-        """What identifies the images: rows and labels of each file, since images have no names here."""
+        """What identifies the images, which have no names here: a part of each file, its rows, and labels."""
         for file, start, stop in zip(self.files, self.starts, self.starts[1:], strict=False):
-            yield f"{Path(file).name}\0{stop - start}"
+            yield f"{Path(file).name}\0{stop - start}\0{_sampled(Path(file))}"
         for label in self.labels:
             yield str(label)
+
+
+@dataclass
+class _Window:
+    """The latest rows of a group, ``KEPT`` bytes of them, and an iterator over the rest.
+
+    Attributes:
+        group: file and number of the group.
+        rest: arrays that were not read yet.
+        first: row of the group that is the first one kept.
+        stop: row after the last one kept.
+    """
+
+    group: tuple[str, int]
+    rest: Iterator[Any]
+    first: int = 0
+    stop: int = 0
+    kept: deque[Any] = field(default_factory=deque)
+    size: int = 0
+
+    def cell(self, row: int) -> Any:
+        """The value of a row, ``first`` or later."""
+        while row >= self.stop:
+            part = next(self.rest, None)
+            if part is None:
+                raise IndexError(f"its group of rows has {self.stop}")
+            self.kept.append(part)
+            self.stop += len(part)
+            self.size += part.nbytes
+            while self.size > KEPT and len(self.kept) > 1:
+                dropped = self.kept.popleft()
+                self.first += len(dropped)
+                self.size -= dropped.nbytes
+        place = self.stop
+        for part in reversed(self.kept):
+            place -= len(part)
+            if row >= place:
+                return part[row - place]
+        raise IndexError(row)
+
+
+def _sampled(path: Path) -> str:
+    """The size of a file, and a hash of all its bytes or, if they are many, of blocks spread from begin to end."""
+    size, hashed = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= SAMPLED * SAMPLES:
+            hashed.update(file.read())
+        else:
+            for place in range(SAMPLES):
+                file.seek((size - SAMPLED) * place // (SAMPLES - 1))
+                hashed.update(file.read(SAMPLED))
+    return f"{size}:{hashed.hexdigest()}"
 
 
 @dataclass
@@ -104,34 +173,50 @@ class _Parquet:
         """Its schema of arrow."""
         return self.file.schema_arrow
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """First and last row of each group."""
         sizes = [self.file.metadata.row_group(each).num_rows for each in range(self.file.num_row_groups)]
         ends = list(accumulate(sizes))
         return list(zip([0, *ends], ends, strict=False))
 
-    def read(self, group: int, column: str) -> Any:
-        """A column of a group."""
-        return self.file.read_row_group(group, columns=[column]).column(0)
+    def batches(self, group: int, column: str, rows: int) -> Iterator[Any]:
+        """A column of a group, ``rows`` at most in each array."""
+        average = self.size_of(group, column) // max(1, self.groups[group][1] - self.groups[group][0])
+        rows = max(1, min(rows, KEPT // max(1, average)))
+        parts = self.file.iter_batches(
+            batch_size=rows, row_groups=[group], columns=[column], use_threads=False
+        )
+        return (part.column(0) for part in parts)
+
+    def size_of(self, group: int, column: str) -> int:
+        """The bytes of a column of a group, as the file says."""
+        found = self.file.metadata.row_group(group)
+        chunks = (found.column(each) for each in range(found.num_columns))
+        return sum(
+            chunk.total_uncompressed_size
+            for chunk in chunks
+            if chunk.path_in_schema.partition(".")[0] == column
+        )
 
 
 @dataclass
 class _Arrow:
     """An arrow file, mapped into memory."""
 
-    batches: list[Any]
+    parts: list[Any]
     schema: Any
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """First and last row of each batch."""
-        ends = list(accumulate(batch.num_rows for batch in self.batches))
+        ends = list(accumulate(part.num_rows for part in self.parts))
         return list(zip([0, *ends], ends, strict=False))
 
-    def read(self, group: int, column: str) -> Any:
-        """A column of a batch."""
-        return self.batches[group].column(self.schema.get_field_index(column))
+    def batches(self, group: int, column: str, rows: int) -> Iterator[Any]:
+        """A column of a batch, ``rows`` at most in each array."""
+        whole = self.parts[group].column(self.schema.get_field_index(column))
+        return (whole.slice(start, rows) for start in range(0, len(whole), rows))
 
 
 def find_arrow(data: Path, split: str) -> ArrowFiles | None:
@@ -141,11 +226,13 @@ def find_arrow(data: Path, split: str) -> ArrowFiles | None:
     if not data.is_dir():
         return None
     for name in names_of(split):
-        if files := _in(data / name, "*"):
+        if files := _in(data / name):
             return ArrowFiles(files, f"{data} ({name})")
     folders = {entry.name for entry in data.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    files = (*_in(data, "*"), *_in(data / "data", "*"))
-    if not files or not folders <= {"data"}:  # class folders, with a table beside them
+    if not folders <= {"data"}:
+        return None
+    files = (*_in(data), *_in(data / "data"))
+    if not files:
         return None
     by_split: dict[str, list[Path]] = {}
     for file in files:
@@ -162,11 +249,47 @@ def find_arrow(data: Path, split: str) -> ArrowFiles | None:
     raise no_split(data, split, sorted(by_split)[:5])
 
 
-def _in(folder: Path, pattern: str) -> tuple[Path, ...]:
-    """The files of these kinds in a folder, sorted."""
-    return tuple(
-        sorted(path for suffix in SUFFIXES for path in folder.glob(f"{pattern}{suffix}") if path.is_file())
-    )
+def _in(folder: Path) -> tuple[Path, ...]:
+    """The files of the data set in a folder, sorted; none if it holds class folders, with a table beside them.
+
+    ``save_to_disk`` lists its files in state.json. Beside them, datasets leaves ``cache-*.arrow``: results of ``map``.
+
+    Raises:
+        DataError: a listed file is missing.
+    """
+    files = sorted(path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}") if path.is_file())
+    if not files or _has_class_folders(folder):
+        return ()
+    if listed := _listed(folder / "state.json"):
+        if missing := [name for name in listed if not (folder / name).is_file()]:
+            raise DataError(
+                f"{folder / 'state.json'} lists {some(missing, 2)}, not in {folder}: restore the data"
+            )
+        return tuple(folder / name for name in listed)
+    saved = [path for path in files if path.match("data-*.arrow")]
+    return tuple(saved or (path for path in files if not path.match("cache-*")))
+
+
+def _listed(state: Path) -> list[str]:
+    """The files in the state.json of ``save_to_disk``; none if it is missing, damaged, or names other places."""
+    try:
+        entries = json.loads(read_text(state, str(state), DataError))["_data_files"]
+        names = [entry["filename"] for entry in entries]
+    except (DataError, KeyError, TypeError, ValueError, RecursionError):
+        return []
+    plain = all(isinstance(name, str) and Path(name).name == name and "\0" not in name for name in names)
+    kinds = plain and all(name.lower().endswith(SUFFIXES) for name in names)
+    return names if kinds and len(set(names)) == len(names) else []
+
+
+def _has_class_folders(folder: Path) -> bool:
+    """Whether a folder in ``folder`` holds an image, at any depth."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("."):
+            for _, _, names in os.walk(entry):
+                if any(is_image(name) and not name.startswith(".") for name in names):
+                    return True
+    return False
 
 
 def open_arrow(found: ArrowFiles, split: str) -> Labelled:
@@ -182,7 +305,7 @@ def open_arrow(found: ArrowFiles, split: str) -> Labelled:
     names = list(first.schema.names)
     column = _column(names, features, "Image", IMAGE_COLUMNS, "images", found)
     label = _column(names, features, "ClassLabel", LABEL_COLUMNS, "labels", found)
-    values: list[Any] = []
+    numbers, texts = array("q"), list[str]()
     starts = [0]
     for path in found.files:
         opened = _opened(path)
@@ -190,34 +313,77 @@ def open_arrow(found: ArrowFiles, split: str) -> Labelled:
             raise DataError(
                 f"{path} has no columns {column} and {label}, as {found.files[0]} has: give files alike"
             )
-        if starts[-1] + sum(stop - start for start, stop in opened.groups) > MOST_ROWS:
+        rows = sum(stop - start for start, stop in opened.groups)
+        if starts[-1] + rows > MOST_ROWS:
             raise DataError(f"{path} says that it has more than {MOST_ROWS:,} rows: give another file")
         try:
+            _check_sizes(opened, column, path)
             for group in range(len(opened.groups)):
-                values += opened.read(group, label).to_pylist()
+                for part in opened.batches(group, label, LABELS):
+                    for value in part.to_pylist():
+                        _add(value, numbers, texts, path, starts[-1])
+        except DataError:
+            raise
         except Exception as error:  # pyarrow raises many kinds on damaged files
             raise _damaged(path, error) from None
-        starts.append(len(values))
-    if not values:
-        raise DataError(f"{found.title} has no rows: give data with images")
-    if all(type(value) is int and value >= 0 for value in values):
-        labels, classes = tuple(values), _class_names(features.get(label))
-        if classes and max(labels) >= len(classes):
+        starts.append(len(numbers) + len(texts))
+        if starts[-1] - starts[-2] != rows:
             raise DataError(
-                f"{found.title} has the label {max(labels)}, and names for {len(classes)} classes"
+                f"{path} says that it has {rows:,} rows, and has {starts[-1] - starts[-2]:,} labels: replace the file"
             )
-    elif all(isinstance(value, str) and value for value in values):
-        labels, classes = numbered(values)
+    if not starts[-1]:
+        raise DataError(f"{found.title} has no rows: give data with images")
+    if numbers and texts:
+        raise DataError(f"{found.title} has numbers and texts as labels in {label}: give labels of one kind")
+    labels: Sequence[int] = numbers
+    if texts:
+        labels, classes = numbered(texts)
     else:
-        wrong = next(
-            row for row, value in enumerate(values) if not isinstance(value, int | str) or value in ("", -1)
-        )
-        raise DataError(
-            f"{found.title} has no label in row {wrong} ({values[wrong]!r}): give data with labels"
-        )
+        classes = _class_names(features.get(label))
+        if classes and max(numbers) >= len(classes):
+            raise DataError(
+                f"{found.title} has the label {max(numbers)}, and names for {len(classes)} classes"
+            )
     source = Rows(tuple(map(str, found.files)), column, tuple(starts), labels)
     in_order = bool(_class_names(features.get(label)))
     return Labelled(source, labels, classes, found.title, in_order=in_order, places=(found.files[0].parent,))
+
+
+def _check_sizes(opened: Any, column: str, path: Path) -> None:
+    """Check what a parquet file says about its images, before any is read.
+
+    Raises:
+        DataError: they have more bytes than images can have, or than the file can hold.
+    """
+    if not isinstance(opened, _Parquet):
+        return
+    most = EXPANSION * path.stat().st_size + KEPT
+    for number, (start, stop) in enumerate(opened.groups):
+        size = opened.size_of(number, column)
+        if size > min(most, LARGEST_IMAGE * max(1, stop - start)):
+            raise DataError(
+                f"{path} says that rows {start} to {stop - 1} have {size:,} bytes of images, too many for "
+                f"a file of {path.stat().st_size:,}: replace the file"
+            )
+
+
+def _add(value: Any, numbers: "array[int]", texts: list[str], path: Path, start: int) -> None:
+    """Add the label of the next row of ``path``, whose first row is ``start``, to those of its kind.
+
+    False and True are 0 and 1.
+
+    Raises:
+        DataError: it is neither a class index nor a text.
+    """
+    if isinstance(value, int) and 0 <= value < LARGEST_LABEL:
+        numbers.append(int(value))
+    elif isinstance(value, str) and 0 < len(value) <= LONGEST_LABEL:
+        texts.append(intern(value))
+    else:
+        raise DataError(
+            f"{path} has no label in row {len(numbers) + len(texts) - start} ({printable(repr(value), 100)}): "
+            "give data with labels"
+        )
 
 
 def _column(
@@ -263,6 +429,8 @@ def _opened(path: Path) -> Any:
     """
     try:
         return _open(path)
+    except DataError:
+        raise
     except ImportError:
         raise DataError(
             f"{path} needs a package that is missing: {_CLOSED}, or give a folder of images"
@@ -280,14 +448,33 @@ def _open(path: Path) -> Any:
     if path.suffix.lower() == ".parquet":
         from pyarrow.parquet import ParquetFile
 
-        return _Parquet(ParquetFile(path))
+        return _Parquet(ParquetFile(path, buffer_size=2**20, pre_buffer=False))  # else it reads whole groups
     import pyarrow
 
     mapped = pyarrow.memory_map(str(path))
     try:
         reader = pyarrow.ipc.open_stream(mapped)
-        return _Arrow(list(reader), reader.schema)
+        return _Arrow(_mapped(reader, path), reader.schema)
     except pyarrow.ArrowInvalid:  # not as a stream, which datasets writes, but with an index at its end
         mapped.seek(0)
         file = pyarrow.ipc.open_file(mapped)
-        return _Arrow([file.get_batch(number) for number in range(file.num_record_batches)], file.schema)
+        batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        return _Arrow(_mapped(batches, path), file.schema)
+
+
+def _mapped(batches: Iterable[Any], path: Path) -> list[Any]:
+    """The batches of an arrow file, which take no memory unless they are compressed.
+
+    Raises:
+        DataError: they are, and are large.
+    """
+    import pyarrow
+
+    found, before = [], pyarrow.total_allocated_bytes()
+    for batch in batches:
+        found.append(batch)
+        if pyarrow.total_allocated_bytes() - before > LARGEST_UNPACKED:
+            raise DataError(
+                f"{path} is compressed, and has more than {LARGEST_UNPACKED:,} bytes: save it without compression"
+            )
+    return found

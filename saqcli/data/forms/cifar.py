@@ -20,6 +20,7 @@ from saqcli.serialization import printable
 
 SIDE, CHANNELS = 32, 3
 LARGEST_FILE = 2**28  # bytes
+MOST_OPCODES = 10**6  # of a file; CIFAR-100's largest has 50,000 images with two labels and a name
 FOLDERS = ("cifar-10-batches-py", "cifar-100-python")
 FILES: dict[str, dict[str, tuple[str, ...]]] = {  # of each split
     "cifar-10": {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
@@ -152,10 +153,6 @@ class _Named:
     text: str = ""
 
 
-class _Mark:
-    """The mark on the stack of a pickle."""
-
-
 def _foreign(path: Path, why: str) -> DataError:
     return DataError(
         f"{path} is no file of CIFAR ({printable(why, 200)}): give the files as they were published"
@@ -199,19 +196,27 @@ PLAIN = {
 
 
 def _interpreted(content: bytes) -> Any:
-    """The value that the opcodes describe."""
-    stack: list[Any] = []
+    """The value that the opcodes describe.
+
+    An opcode allocates a bounded amount, or as much as its argument; arrays share the bound of a file.
+    """
+    stack: list[Any] = []  # since the last mark
+    below: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
+    room = LARGEST_FILE  # for the content of arrays, which a file may build many times from one string
 
     def since_mark() -> list[Any]:
-        place = max(index for index, value in enumerate(stack) if isinstance(value, _Mark))
-        found = stack[place + 1 :]
-        del stack[place:]
+        nonlocal stack
+        if not below:
+            raise _Refused("its stack has no mark")
+        found, stack = stack, below.pop()
         return found
 
     argument: Any
-    for opcode, argument, _ in pickletools.genops(content):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
+        if count >= MOST_OPCODES:
+            raise _Refused(f"it has more than {MOST_OPCODES:,} opcodes")
         if name in PLAIN:
             stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}.get(name, argument))
         elif name in ("BINPUT", "LONG_BINPUT"):
@@ -219,16 +224,18 @@ def _interpreted(content: bytes) -> Any:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "MARK":
-            stack.append(_Mark())
+            below.append(stack)
+            stack = []
         elif name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"):
             stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[name]())
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            if len(stack) < count:
+            length = int(name[-1])
+            if len(stack) < length:
                 raise _Refused("its stack ends early")
-            stack[-count:] = [tuple(stack[-count:])]
+            stack[-length:] = [tuple(stack[-length:])]
         elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
+            values = since_mark()
+            stack.append(tuple(values))
         elif name == "APPEND":
             value = stack.pop()
             _list(stack[-1]).append(value)
@@ -250,7 +257,7 @@ def _interpreted(content: bytes) -> Any:
             stack.append(_called(called, arguments))
         elif name == "BUILD":
             state = stack.pop()
-            _build(stack[-1], state)
+            room -= _build(stack[-1], state, room)
         elif name == "STOP":
             return stack.pop()
         elif name != "PROTO":
@@ -283,14 +290,20 @@ def _called(called: Any, arguments: Any) -> Any:
     raise _Refused("it calls something else than numpy's array")
 
 
-def _build(value: Any, state: Any) -> None:
-    """The state of an array; that of a type says only the order of bytes, of which there is one each."""
+def _build(value: Any, state: Any, room: int) -> int:
+    """The state of an array, of at most ``room`` bytes; their number.
+
+    That of a type says only the order of bytes, of which there is one each.
+    """
     if isinstance(value, _Named) and value.kind == "dtype" and value.text:
-        return
+        return 0
     if not isinstance(value, _Array) or not isinstance(state, tuple) or len(state) != 5:
         raise _Refused("it builds something else than numpy's array")
     _, shape, dtype, columns_first, content = state
     if not isinstance(content, str) or not isinstance(shape, tuple) or not isinstance(dtype, _Named):
         raise _Refused("its array is not described by shape, type and bytes")
+    if len(content) > room:
+        raise _Refused(f"its arrays have more than {LARGEST_FILE:,} bytes")
     value.shape, value.dtype, value.columns_first = shape, dtype.text, bool(columns_first)
     value.content = content.encode("latin-1")
+    return len(content)

@@ -118,7 +118,7 @@ def open_archive(found: Archive, split: str) -> Labelled:
     Raises:
         DataError: the archive is damaged, compressed as a whole, or without class folders or such a split.
     """
-    members = _zipped(found.path) if zipfile.is_zipfile(found.path) else _tarred(found.path)
+    members = _zipped(found.path) if _is_zip(found.path) else _tarred(found.path)
     rows = [(tuple(part for part in name.split("/") if part != "."), name, place) for name, place in members]
     while (
         len({parts[0] for parts, _, _ in rows}) == 1
@@ -149,6 +149,23 @@ def open_archive(found: Archive, split: str) -> Labelled:
     )
     notes = (f"{title}: ignored: {counted(len(loose), 'image')} outside the class folders",) if loose else ()
     return Labelled(source, labels, tuple(classes), title, places=(found.path.parent,), notes=notes)
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file begins as a zip; of one that is called so, also with other bytes before it.
+
+    A tar whose last member is a zip ends as a zip.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): restore the file") from None
+    called_so = path.suffix.lower() == ".zip"
+    return begin in (b"PK\3\4", b"PK\5\6") or (called_so and zipfile.is_zipfile(path))
 
 
 def _tarred(path: Path) -> list[tuple[str, Place]]:

@@ -12,6 +12,7 @@ from saqcli.analysis.flips import FlipsReading
 from saqcli.analysis.hessian_trace import TraceReading
 from saqcli.analysis.landscape import LandscapeReading
 from saqcli.analysis.loss_sharpness import SharpnessReading
+from saqcli.report.analysis_file import images_of
 from saqcli.report.answers import Answers
 from saqcli.report.page import charts
 from saqcli.report.page.contents import Analyzed, Contents
@@ -110,9 +111,8 @@ def analysis(analyzed: Analyzed) -> dict[str, Any]:
     found = analyzed.readings.get("landscape")
     landscape = found if isinstance(found, LandscapeReading) else None
     losses = [loss for row in landscape.loss for loss in row if loss is not None] if landscape else []
-    split = "training" if analyzed.subject.split == "train" else "validation"
     return {
-        "images": counted(analyzed.subject.images, f"{split} image"),
+        "images": images_of(analyzed.subject.images, analyzed.subject.split),
         "facts": list(_readings(analyzed)),
         "landscape": charts.landscape_picture(landscape) if landscape else None,
         "lowest": min(losses, default=None),

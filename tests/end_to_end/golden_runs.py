@@ -76,16 +76,8 @@ def records() -> dict[str, Any]:
 
 IMAGES = ("--data", "digits", "--workers", "0")
 TRAINED = (
-    "--bops",
-    "w4a4",
-    "--searcher",
-    "error",
-    "--epochs",
-    "1",
-    "--lr",
-    "0.02",
-    "--set",
-    "data.verify_images=10",
+    *("--bops", "w4a4", "--searcher", "error", "--method", "saq", "--epochs", "1", "--lr", "0.02"),
+    *("--set", "data.verify_images=10"),
 )
 ANALYZED = (
     *("--sharpness", "--eigenvalue", "--flips", "--distributions", "--trace", "--samples", "2"),

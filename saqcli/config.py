@@ -10,7 +10,7 @@ section. ``saqcli.cli.options`` makes the command line from these, help and comp
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -1042,10 +1042,7 @@ def _calibrate_alone(tree: dict[str, Any]) -> None:
 
 def _names_path(given: Sequence[Mapping[str, Any]]) -> bool:
     """Whether file, assignments or options give ``data.path``."""
-    sections = (one.get("data") for one in given)
-    return any(one.get("data.path") is not None for one in given) or any(
-        isinstance(section, Mapping) and section.get("path") is not None for section in sections
-    )
+    return any(settings.get("path") is not None for settings in _settings_of("data", given))
 
 
 def _train_on_labels_only(tree: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:
@@ -1089,19 +1086,23 @@ def _gives(given: Sequence[Mapping[str, Any]], *names: str) -> bool:
     ``method`` counts with any value.
     """
     fields = TrainingSection.model_fields
+    return any(
+        name in found and (name in ("method", "epochs") or found[name] != fields[name].default)
+        for found in _settings_of("training", given)
+        for name in names
+    )
+
+
+def _settings_of(section: str, given: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The settings of a section that file, assignments and options give, each by name."""
     for one in given:
-        section = one.get("training")
-        found = dict(section) if isinstance(section, Mapping) else {}
+        inside = one.get(section)
+        found = dict(inside) if isinstance(inside, Mapping) else {}
         for key, value in one.items():
-            name, _, inner = key.removeprefix("training.").partition(".")
-            if key.startswith("training.") and value is not None:
+            name, _, inner = key.removeprefix(f"{section}.").partition(".")
+            if key.startswith(f"{section}.") and value is not None:
                 found[name] = {inner: value} if inner else _value(value) if isinstance(value, str) else value
-        if any(
-            name in found and (name in ("method", "epochs") or found[name] != fields[name].default)
-            for name in names
-        ):
-            return True
-    return False
+        yield found
 
 
 def _checked(problems: Problems, tree: dict[str, Any], source: str) -> RunConfig | None:

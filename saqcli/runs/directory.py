@@ -361,8 +361,7 @@ class RunDirectory:
             left = [name for name in _FOLDERS if (self.path / name).exists()]
             if left:  # the manifest stays, so that it is still a run to remove
                 raise CannotWrite(f"{self.path / left[0]} cannot be removed: check who owns its files")
-            for name in ("report.html", "manifest.json"):
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / "manifest.json").unlink(missing_ok=True)
         finally:
             self._lock.release()
         kept = sorted(entry.name for entry in self.path.iterdir())

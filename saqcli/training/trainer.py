@@ -194,9 +194,9 @@ class Trainer:
         device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, training)
         self.schedule = make_schedule(self.optimizer, training, len(batches))
-        steps = len(batches) * training.epochs
+        self._total = len(batches) * training.epochs
         radius = chosen_radius(model, training, image_size, network)
-        self.minimizer = make_minimizer(model, self.optimizer, training, radius, steps)
+        self.minimizer = make_minimizer(model, self.optimizer, training, radius, self._total)
         self.radius = radius if hasattr(self.minimizer, "rho") else None
         check_perturbed(model, training)
         self.dampening = Dampening(model, self.optimizer, training.dampening) if training.dampening else None
@@ -370,7 +370,7 @@ class Trainer:
         """Set what changes over the training for the step after ``step`` of this epoch."""
         self.schedule.step_update(self._steps + step)
         if self.dampening:
-            self.dampening.set((self._steps + step) / (self.training.epochs * len(self.batches)))
+            self.dampening.set((self._steps + step) / self._total)
 
     def _after_step(self, step: int) -> None:
         """Move schedule and average, save if it is due."""
@@ -380,7 +380,7 @@ class Trainer:
             self.average.update(self.model, self._steps + step)
         before_evaluation = self.validation is not None and step == len(self.batches)
         self.run.offer(self.state_dict, milestone=before_evaluation, failing=self.recovery.in_row > 0)
-        self._clock.tick(step, self.training.epochs * len(self.batches) - self._steps - step)
+        self._clock.tick(step, self._total - self._steps - step)
 
     def _evaluate(self) -> Score | None:
         """Score of the model, or of its average, on the validation images; the best state is kept."""

@@ -157,6 +157,62 @@ def _pre_activation_stage(blocks: int, c_in: int, c_out: int, stride: int) -> nn
     return nn.Sequential(_PreActivationBlock(c_in, c_out, stride, first=True), *rest)
 
 
+class _WideBlock(nn.Module):
+    """bn-relu-conv-bn-relu-conv + shortcut; a shortcut that changes shape is a convolution after the first bn-relu."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.convShortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
+        active = F.relu(self.bn1(x))
+        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return y + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class WideResNet(nn.Module):
+    """WRN-``depth``-``width`` of ``depth`` = 6n + 4 layers, 32 x 32 images to class scores.
+
+    A stem of 16 channels, three stages of n pre-activation blocks with 16, 32 and 64 times ``width`` channels, batch
+    norm and ReLU, the mean over all pixels, a linear classifier. Unlike ``PreResNet``, a shortcut of the same shape is
+    always the block's input.
+
+    Source: Zagoruyko and Komodakis, arXiv:1605.07146. Parameter names are those of public CIFAR-10 weights:
+    ``conv1``, ``layer{1,2,3}.layer.{i}.{bn1,conv1,bn2,conv2,convShortcut}``, ``bn1``, ``linear``.
+
+    Raises:
+        ValueError: depth is not 6n + 4.
+    """
+
+    def __init__(self, depth: int, width: int, num_classes: int, in_chans: int = 3) -> None:
+        super().__init__()
+        if (depth - 4) % 6 or depth < 10:
+            raise ValueError(f"a wide ResNet has 6n + 4 layers, not {depth}")
+        blocks, channels = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.ModuleDict({"layer": _stage(_WideBlock, blocks, c_in, c_out, stride)})
+            for c_in, c_out, stride in zip(channels, channels[1:], (1, 2, 2), strict=False)
+        )
+        self.bn1 = nn.BatchNorm2d(channels[-1])
+        self.linear = nn.Linear(channels[-1], num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to (N, num_classes)."""
+        x = self.conv1(x)
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage["layer"](x)
+        x = F.relu(self.bn1(x))  # (N, 64 * width, H / 4, W / 4)
+        scores: Tensor = self.linear(x.mean((2, 3)))
+        return scores
+
+
 class _WideStemBlock(nn.Module):
     """conv-bn-relu-conv-bn + shortcut, without a final ReLU."""
 
@@ -390,7 +446,7 @@ __all__ = ["NETWORKS", "NetworkEntry"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of the public ResNet weights
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of TensorFlow's MobileNets
-_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # of the public ViT weights
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # of the public ViT and WRN weights
 _CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _CIFAR100_S = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))  # of the public "s" weights
 
@@ -428,6 +484,11 @@ def _preresnet(depth: int) -> NetworkEntry:
     return NetworkEntry(partial(PreResNet, depth), 100, description, *_CIFAR100)
 
 
+def _wide(depth: int, width: int) -> NetworkEntry:
+    description = f"wide ResNet WRN-{depth}-{width} for CIFAR-10"
+    return NetworkEntry(partial(WideResNet, depth, width), 10, description, *_CIFAR10)
+
+
 def _resnet_s(depth: int) -> NetworkEntry:
     description = f"ResNet-{depth} with a stem of 64 channels for CIFAR-100"
     return NetworkEntry(partial(ResNetS, depth), 100, description, *_CIFAR100_S)
@@ -445,6 +506,8 @@ NETWORKS: dict[str, NetworkEntry] = {
     "resnet32": _resnet(32),
     "resnet44": _resnet(44),
     "resnet56": _resnet(56),
+    "wrn16_1": _wide(16, 1),
+    "wrn28_1": _wide(28, 1),
     "mobilenetv2_cifar": NetworkEntry(
         MobileNetV2Cifar, 100, "MobileNetV2 for CIFAR-100, the network of the SAQ paper", *_CIFAR100
     ),

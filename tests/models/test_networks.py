@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from saqcli.models.networks import NETWORKS, MobileNetV1
+from saqcli.models.networks import NETWORKS, MobileNetV1, WideResNet
 
 
 def layer_macs(model: nn.Module, side: int = 32) -> list[int]:
@@ -83,6 +83,12 @@ def test_depth_must_be_6n_plus_2(depth: int) -> None:
         NETWORKS["resnet20"].build.func(depth, num_classes=10)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("depth", [4, 20, 27])
+def test_depth_of_wide_networks_must_be_6n_plus_4(depth: int) -> None:
+    with pytest.raises(ValueError, match="6n \\+ 4"):
+        WideResNet(depth, 1, num_classes=10)
+
+
 @pytest.mark.parametrize(
     ("name", "weights"),
     [
@@ -91,6 +97,8 @@ def test_depth_must_be_6n_plus_2(depth: int) -> None:
         ("resnet8s", "cifar100_resnet8s"),
         ("resnet20s", "cifar100_resnet20s"),
         ("resnet32s", "cifar100_resnet32s"),
+        ("wrn16_1", "cifar10_wrn16_1"),
+        ("wrn28_1", "cifar10_wrn28_1"),
         ("vit_cifar", "cifar10_vit_postnorm"),
         ("mobilenetv1_025", "imagenet_mobilenetv1_025"),
     ],

@@ -983,7 +983,7 @@ def _named(setting: str, *given: Mapping[str, Any]) -> tuple[str | None, Any]:
 def _contents(
     problems: Problems, setting: Literal["target", "cost"], *given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the file says that ``setting`` names, if it names one; where a configuration file holds that, it is not read.
+    """What the file that ``setting`` names says, if it names one; not read where a configuration file holds it.
 
     What is wrong is added to ``problems``.
     """

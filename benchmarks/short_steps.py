@@ -101,6 +101,7 @@ def main() -> None:
     options.add_argument("--mean")
     options.add_argument("--std")
     options.add_argument("--bits", default="w4a4")
+    options.add_argument("--target", help="whose junctions are quantized")
     options.add_argument("--steps", default="off,3", help="significant bits, with commas; off for all")
     options.add_argument("--calibrate", type=int, default=512, help="training images")
     options.add_argument("--images", type=int, default=8000, help="validation images")
@@ -134,7 +135,11 @@ def main() -> None:
         paths = {}
         for name in wanted.steps.split(","):
             model = saq.quantize_model(
-                net, wanted.bits, calibration=calibration, short_steps=None if name == "off" else int(name)
+                net,
+                wanted.bits,
+                calibration=calibration,
+                target=wanted.target,
+                short_steps=None if name == "off" else int(name),
             )
             if wanted.reconstruct:
                 saq.reconstruct(model, calibration, iterations=wanted.reconstruct)

@@ -454,7 +454,7 @@ class QuantizationSection(_Section):
 
     @model_serializer(mode="wrap", when_used="json")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON has the settings below only if they are set."""
+        """JSON has the settings below only if they are set, or if the recorded target has another default."""
         defaults: dict[str, Any] = {
             "target": "paper",
             "cost": "bops",
@@ -469,7 +469,8 @@ class QuantizationSection(_Section):
             "compensate": False,
             "contents": {},
         }
-        unused = {name for name, default in defaults.items() if getattr(self, name) == default}
+        of_target = self.contents.get("target", {}).get("settings", {}).get("quantization", {})
+        unused = {name for name, default in defaults.items() if getattr(self, name) == default} - {*of_target}
         return {key: value for key, value in handler(self).items() if key not in unused}
 
 
@@ -926,10 +927,11 @@ def resolve_into(
     base = problems.attempt(read_recipe, name, "" if recipe else where)
     name = name if base is not None else DEFAULT_RECIPE
     _merge(tree, read_recipe(name) if base is None else base)
-    contents = _contents(problems, given, assignments or {}, options or {})
-    _merge(
-        tree, problems.attempt(_defaults_of_target, contents, given, assignments or {}, options or {}) or {}
-    )
+    sources = [given, assignments or {}, options or {}]
+    contents = _contents(problems, "target", *sources)
+    defaults = problems.attempt(_defaults_of_target, contents, *sources) or {}
+    contents |= _contents(problems, "cost", defaults, *sources)
+    _merge(tree, defaults)
     _merge(tree, given)
     tree["recipe"] = name
     for key, text in (assignments or {}).items():
@@ -939,7 +941,6 @@ def resolve_into(
             problems.attempt(_assign, tree, key, value)
     if isinstance(section := tree.setdefault("quantization", {}), dict):
         section["contents"] = contents
-    sources = [given, assignments or {}, options or {}]
     if images and not _names_path(sources):
         _calibrate_alone(tree)
     if not (recipe or given.get("recipe")):
@@ -979,23 +980,21 @@ def _named(setting: str, *given: Mapping[str, Any]) -> tuple[str | None, Any]:
     return (name, recorded) if isinstance(name, str) else (None, None)
 
 
-def _contents(problems: Problems, *given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the files say that ``target`` and ``cost`` name; where a configuration file holds that, they are not read.
+def _contents(
+    problems: Problems, setting: Literal["target", "cost"], *given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the file that ``setting`` names says, if it names one; not read where a configuration file holds it.
 
     What is wrong is added to ``problems``.
     """
     from saqcli.target import is_file, target_content
 
-    found: dict[str, Any] = {}
-    for setting, of_file, read in (
-        ("target", is_file, target_content),
-        ("cost", names_table, _table_content),
-    ):
-        name, recorded = _named(setting, *given)
-        if name is not None and of_file(name):
-            content = problems.attempt(read, name) if recorded is None else recorded
-            found |= {} if content is None else {setting: content}
-    return found
+    of_file, read = (is_file, target_content) if setting == "target" else (names_table, _table_content)
+    name, recorded = _named(setting, *given)
+    if name is None or not of_file(name):
+        return {}
+    content = problems.attempt(read, name) if recorded is None else recorded
+    return {} if content is None else {setting: content}
 
 
 def _table_content(name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from saqcli.errors import ConfigError, UnsupportedModel
 from saqcli.plugins import Plugins
 from saqcli.serialization import named_path, parse_object, printable, read_text, read_toml
+from saqcli.units import counted
 
 PAPER = "paper"
 BitWidth = Annotated[int, Field(ge=2, le=8)]
@@ -101,6 +102,8 @@ class Target(_Part):
         junctions: kinds of operators besides layers whose operands are quantized.
         junction_bits: width of these operands.
         count_junctions: whether they count as bit-operations.
+        short_steps: most significant bits of a step that it takes, of weights and inputs, 1 for powers of two; None
+            for any step.
         weights: what it can do with weights.
         inputs: what it can do with inputs.
         bias: container of biases, for people; ``int32`` are multiples of input step times weight step.
@@ -116,6 +119,7 @@ class Target(_Part):
     junctions: tuple[Kind, ...] = ()
     junction_bits: BitWidth = 8
     count_junctions: bool = False
+    short_steps: Annotated[int, Field(ge=1, le=8)] | None = None
     weights: Weights = Weights()
     inputs: Inputs = Inputs()
     bias: Literal["float", "int32"] = "float"
@@ -192,6 +196,13 @@ class Target(_Part):
                     f"target {self.name} has symmetric grids only, and `quantization.{setting}={name}` is asymmetric: "
                     "choose another quantizer, or another `quantization.target`"
                 )
+        if self.short_steps is not None and (
+            scheme.short_steps is None or scheme.short_steps > self.short_steps
+        ):
+            raise ConfigError(
+                f"target {self.name} takes steps of at most {counted(self.short_steps, 'significant bit')}: give "
+                f"`quantization.short_steps={self.short_steps}`, or choose another `quantization.target`"
+            )
         if inputs in ("log2", "adaptive") and not self.inputs.tables:
             raise ConfigError(
                 f"target {self.name} has uniform grids only, and `quantization.activation_quantizer={inputs}` has "
@@ -266,6 +277,8 @@ class _Scheme(Protocol):
     def granularity(self) -> str: ...
     @property
     def weight_grid(self) -> str: ...
+    @property
+    def short_steps(self) -> int | None: ...
     @property
     def names(self) -> tuple[str, str]: ...
 

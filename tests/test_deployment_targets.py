@@ -95,6 +95,15 @@ def test_schemes_are_refused_by_setting(scheme: dict[str, Any], words: str) -> N
         TARGETS["ort-cpu"].check_scheme(Scheme(**scheme))
 
 
+def test_steps_may_have_to_be_short() -> None:
+    text = 'description = "x"\nshort_steps = 1\n[settings.quantization]\nshort_steps = 1\n'
+    target = parse_target(text, "x.toml", "x")
+    target.check_scheme(Scheme(short_steps=1))
+    for short in (None, 2):
+        with pytest.raises(ConfigError, match=r"at most 1 significant bit: give.*short_steps=1"):
+            target.check_scheme(Scheme(short_steps=short))
+
+
 def test_candidates_are_those_of_the_target() -> None:
     target = parse_target('description = "x"\n[weights]\nbits = [4, 8]\n', "x.toml", "x")
     assert target.candidates((2, 3, 4, 8), "weights") == (4, 8)

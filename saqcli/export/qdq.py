@@ -20,7 +20,7 @@ VNNI or other than x86.
 import onnx_ir as ir
 
 from saqcli.export import onnx_helpers
-from saqcli.export.exact_sums import divide_sums, separate_additions
+from saqcli.export.exact_sums import divide_sums, keep_in_float, separate_additions
 from saqcli.export.integer_kernels import prepare_integer_kernels
 from saqcli.export.onnx_helpers import quantized
 from saqcli.export.style import OnnxStyle
@@ -45,6 +45,7 @@ class QdqExporter(OnnxStyle):
         onnx_helpers.split_bias(graph)
         if self.short_steps:
             separate_additions(graph)
+            keep_in_float(graph)
 
     def quantize_input(self, graph: ir.Graph, node: ir.Node) -> ir.Value:
         """QuantizeLinear and DequantizeLinear; UINT8 where two activations are multiplied."""

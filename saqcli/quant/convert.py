@@ -417,7 +417,9 @@ def install(
             _install_followers(model, layer, scheme, widths, signed)
     for name, junction in quantized_junctions(model).items():
         for operand, place in junction.places(name).items():
-            place.put(scheme.new_operand_quantizer(model, {junction.bits}, signed=signed[operand]))
+            quantizer = scheme.new_operand_quantizer(model, {junction.bits}, signed=signed[operand])
+            quantizer.step_bits = scheme.short_steps
+            place.put(quantizer)
     share_quantizers(model)
     apply(model, config)
 
@@ -434,8 +436,13 @@ def _install_followers(
 
 def apply(model: nn.Module, config: BitConfig) -> None:
     """Set the active bits of every quantizer."""
+    fewest: dict[Any, int] = {}  # significant bits that the layers which share a quantizer allot to its step
     for name, layer in quantized_layers(model).items():
         set_bits(layer, config.layers[name])
+        quantizer = layer.input_quantizer
+        if isinstance(quantizer, Quantizer) and quantizer.step_bits is not None:
+            quantizer.step_bits = min(quantizer.step_bits, fewest.get(quantizer, quantizer.step_bits))
+            fewest[quantizer] = quantizer.step_bits
 
 
 def set_bits(layer: QuantizedLayer, bits: LayerBits) -> None:

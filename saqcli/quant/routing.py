@@ -44,13 +44,11 @@ _active: ContextVar["WeightRecorder | None"] = ContextVar("saq_weight_recorder",
 
 
 def record_weight(weight: Tensor, layer: "QuantizedLayer") -> Tensor:
-    """``weight``, recorded as that of ``layer`` by the innermost active recorder, and by those around it if that has
-    junctions.
-    """
+    """``weight``, recorded as that of ``layer`` by all active recorders."""
     recorder = _active.get()
     while recorder is not None:
         recorder.record(weight, layer)
-        recorder = recorder.outer if recorder.passes_on else None
+        recorder = recorder.outer
     return weight
 
 
@@ -100,11 +98,9 @@ class WeightRecorder(TorchFunctionMode):
 
     Attributes:
         outer: the recorder that was active before.
-        passes_on: whether that one records the weights too.
     """
 
     outer: "WeightRecorder | None" = None
-    passes_on = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +142,6 @@ class Route(WeightRecorder):
         super().__init__()
         self._multiply = None if owned is None else products.Multiplications(owned)
         self._join = None if joined is None else Joins(joined)
-        self.passes_on = joined is not None
         self.inside = 0
 
     @property

@@ -79,6 +79,22 @@ def test_a_configuration_file_is_complete(tmp_path: Path) -> None:
     assert resolve(file=file) == before
 
 
+def test_a_target_brings_its_table_of_costs(tmp_path: Path) -> None:
+    costs, file = table(tmp_path, ["a"]), tmp_path / "config.json"
+    named = chip(tmp_path, f'{CHIP}[settings.quantization]\ncost = "{costs}"\n')
+    found = section(target=named)
+    assert found.quantization.cost == str(costs)
+    assert found.quantization.contents["cost"]["layers"] == {"a": {"w8a8": 2.0, "w4a8": 1.0}}
+    plain = section(target=named, cost="bops")
+    assert (plain.quantization.cost, set(plain.quantization.contents)) == ("bops", {"target"})
+    costs.unlink()
+    for before in (found, plain):
+        file.write_text(before.to_json())
+        assert resolve(file=file) == before
+    with pytest.raises(ConfigError, match=r"costs\.json. cannot be read"):
+        section(target=named)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(5, "contents.target"), ({"junctions": ["none"]}, "recorded content of chip.toml: junctions")],

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import SwinTransformer
 
-from saqcli.quant.correction import correct
+from saqcli.quant.correction import bias_of, correct
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import Quantizer
 from tests.support import tiny
@@ -73,6 +74,41 @@ def test_bias_correction_matches_reference(name: str) -> None:
     assert moved > 0.01
     for layer in quantized_layers(net):
         torch.testing.assert_close(seen(net, layer, x).mean(0), seen(in_float, layer, x).mean(0))
+
+
+@torch.no_grad()
+def test_biases_within_routed_parents_are_corrected() -> None:
+    """torchvision's Swin multiplies with the weights of its projections itself, and never calls them."""
+    torch.manual_seed(0)
+    sizes: Any = {
+        "patch_size": [4, 4],
+        "embed_dim": 8,
+        "depths": [2],
+        "num_heads": [2],
+        "window_size": [4, 4],
+    }
+    in_float, x = SwinTransformer(**sizes, num_classes=5).eval(), torch.randn(8, 3, 32, 32)
+    net = copy.deepcopy(in_float)
+    tiny.quantized(net, x, 3)
+    before = {name: bias_of(layer).clone() for name, layer in quantized_layers(net).items()}  # type: ignore[union-attr]
+    in_float, net, x = in_float.double(), net.double(), x.double()
+
+    correct(net, [x], biases=True, norms=False)
+
+    for name, layer in quantized_layers(net).items():
+        assert not torch.equal(bias_of(layer).float(), before[name]), name  # type: ignore[union-attr]
+    for parent in (
+        "features.1.0.attn",
+        "features.1.1.attn",
+    ):  # whose outputs are those of their last projection
+        means: list[Tensor] = []
+        for each in (net, in_float):
+            hook = each.get_submodule(parent).register_forward_hook(
+                lambda *call, means=means: means.append(call[-1].mean((0, 1, 2)))
+            )
+            each(x)
+            hook.remove()
+        torch.testing.assert_close(*means)
 
 
 @pytest.mark.parametrize("variance", [False, True], ids=["bias", "bn"])

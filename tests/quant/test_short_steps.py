@@ -228,15 +228,60 @@ def exported(model: nn.Module, path: Path, style: str = "qdq") -> tuple[onnx.Mod
     return onnx.load(str(path)), json.loads(path.with_suffix(".verdict.json").read_text())
 
 
-def test_a_graph_is_proved_bit_equal(network: nn.Module, tmp_path: Path) -> None:
-    class Plain(Residual):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.norm1(self.conv1(x))
-            x = x + self.norm2(self.conv2(x))
-            x = nn.functional.relu6(self.norm3(self.conv3(x)))
-            x = nn.functional.relu6(self.norm4(self.conv4(x)))
-            return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+class Plain(Residual):
+    """The same without a second reader of a layer with a norm."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x))
+        x = x + self.norm2(self.conv2(x))
+        x = nn.functional.relu6(self.norm3(self.conv3(x)))
+        x = nn.functional.relu6(self.norm4(self.conv4(x)))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Joined(Residual):
+    """Additions whose sum is quantized, with and without ReLU, a pool of some positions, and a mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x))
+        x = nn.functional.relu(x + self.norm2(self.conv2(x)))
+        x = nn.functional.avg_pool2d(nn.functional.relu(self.norm3(self.conv3(x))), 2)
+        x = x + self.norm4(self.conv4(x))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_quantized_junctions_are_exact_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = quantized(Joined().eval(), short_steps=3, junctions=("add", "pool"))
+    graph, verdict = exported(model, tmp_path / "m.onnx")
+    assert (verdict["exact_by_construction"], verdict["max_abs_diff"], verdict["inexact"]) == (True, 0, [])
+    added = [node for node in graph.graph.node if node.op_type == "Max"]
+    assert len(added) == 3  # two additions and a pool
+    for quantizer in model.modules():
+        if isinstance(quantizer, Quantizer):
+            assert significant_bits(quantizer.step().detach()) <= 3
+
+
+def test_layers_that_share_a_quantizer_take_the_fewest_bits() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 64, 1), nn.Linear(8, 5)
+            self.wide, self.narrow = nn.Conv2d(64, 8, 3, padding=1), nn.Conv2d(64, 8, 1, groups=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            return self.fc((self.wide(x) + self.narrow(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = saq.quantize_model(Fork().eval(), 6, calibration=[IMAGES], short_steps=8, junctions=("add",))
+    wide, narrow = model.wide, model.narrow
+    assert wide.input_quantizer is narrow.input_quantizer
+    _, most = bits_that_fit(63, 63, 64 * 9, 8)
+    assert narrow.input_quantizer.step_bits == most < bits_that_fit(63, 63, 8, 8)[1]
+
+
+def test_a_graph_is_proved_bit_equal(network: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = quantized(Plain().eval(), short_steps=3)
     graph, verdict = exported(model, tmp_path / "m.onnx")

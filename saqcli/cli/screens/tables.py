@@ -269,12 +269,24 @@ def show_target(target: Target) -> None:
     rows = [
         ["styles of files", ", ".join(target.styles) or "any"],
         ["weights", f"{_widths(target.weights)}, {scopes}"],
-        ["inputs", f"{_widths(target.inputs)}, per tensor"],
+        [
+            "inputs",
+            f"{_widths(target.inputs)}, per tensor{'' if target.inputs.tables else ', uniform grids only'}",
+        ],
+        [
+            "steps",
+            "any"
+            if target.short_steps is None
+            else f"at most {counted(target.short_steps, 'significant bit')}",
+        ],
         ["also quantized", target.adds or "nothing"],
         ["biases", "32-bit integers" if target.bias == "int32" else "floating point"],
         ["run as one", "; ".join(target.fused) or "unknown"],
         *(
-            [f"default of {section}.{key}", str(value)]
+            [
+                f"default of {section}.{key}",
+                ", ".join(map(str, value)) if isinstance(value, list) else str(value),
+            ]
             for section, values in target.settings.items()
             for key, value in values.items()
         ),
@@ -293,7 +305,8 @@ def _widths(operand: Operand) -> str:
         texts.append(f"{', '.join(map(str, operand.integer))} bits in integer kernels")
     if others:
         texts.append(f"{', '.join(map(str, others))} bits computed in floating point")
-    return "; ".join(texts) + ("" if operand.float else "; never left in floating point")
+    texts += [] if operand.float else ["never left in floating point"]
+    return "; ".join([*texts, *([] if operand.asymmetric else ["symmetric grids only"])])
 
 
 def times_fewer(result: dict[str, Any], cost: str) -> str:

@@ -60,6 +60,7 @@ class QuantizeFigures(_Lenient):
     calibrated_top1: Percent = None
     stages: list[StageRow] = []
     epochs: Count = 0
+    distilled: bool | None = None
     last_top1: Percent = None
     best_epoch: int | None = None
     best_top1: Percent = None

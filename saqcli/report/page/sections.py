@@ -19,6 +19,7 @@ from saqcli.report.page.contents import Analyzed, Contents
 from saqcli.report.page.head import headline, notes_of, stage_rows, tiles_of
 from saqcli.report.page.layers import bars_of, layer_rows
 from saqcli.report.page.proofs import proof_of
+from saqcli.report.run_report import FROM_TEACHER
 from saqcli.units import counted
 
 MOST_CLASSES = 10  # that lost most
@@ -228,6 +229,7 @@ def _facts(run: Contents) -> list[tuple[str, str]]:
     if manifest.verb == "quantize" and training.epochs:
         how = (
             training.method,
+            *([FROM_TEACHER] if run.quantized and run.quantized.distilled else []),
             counted(training.epochs, "epoch"),
             training.optimizer,
             f"learning rate {training.lr:g}",

@@ -24,6 +24,7 @@ from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
 from saqcli.models.own import OwnNetwork
 from saqcli.models.preprocessing import Preprocessing, has_small_images
+from saqcli.models.weights import sha256_of
 from saqcli.pipelines.bits import check_bits, check_bits_source, given_policy
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
@@ -69,6 +70,7 @@ class OpenedModel:
         metadata: the model's metadata.
         subject: model, images and layers for the instruments.
         sha256: hash of all tensors of the model.
+        file_sha256: of the file that it was read from; None of a float model.
         images_sha256: hash of the images, their labels and batch sizes.
         score: loss and accuracy of the model on these images.
     """
@@ -77,6 +79,7 @@ class OpenedModel:
     metadata: ModelMetadata
     subject: AnalysisInput
     sha256: str
+    file_sha256: str | None
     images_sha256: str
     score: Score
 
@@ -167,7 +170,15 @@ def open_input(
     subject = AnalysisInput(model, ordered, batches, metadata.scheme, latent)
     score = subject.score()
     check_score(score.loss, score.images, source)
-    return OpenedModel(source, metadata, subject, _hash_model(model), _hash_images(batches), score)
+    return OpenedModel(
+        source,
+        metadata,
+        subject,
+        sha256=_hash_model(model),
+        file_sha256=None if path is None else sha256_of(path),
+        images_sha256=_hash_images(batches),
+        score=score,
+    )
 
 
 def _calibrated(

@@ -387,9 +387,8 @@ def _training_summary(config: RunConfig, results: dict[str, Any]) -> str:
     rho = results.get("rho")  # unknown in runs of earlier versions
     radius = "" if rho is None else f", radius {rho:g} ({results['rho_source']})"
     teacher = f", {FROM_TEACHER}" if results.get("distilled") else ""
-    return (
-        f"Method {training.method}{teacher}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}{radius}"
-    )
+    epochs = counted(training.epochs, "epoch")
+    return f"Method {training.method}{teacher}, {epochs}, learning rate {training.lr:g}{radius}"
 
 
 def _onnx_summary(results: dict[str, Any]) -> str:

@@ -238,6 +238,9 @@ def choose(
             )
         _check(trial, plain)
     seconds = _Clock(trial, plain)
+    cost = SECONDS_A_LAYER * len(quantized_layers(model))
+    if training.compile == "on":
+        note(_compiling(cost))
     is_open = "auto" in (training.memory_format, training.precision, training.compile)
     if not (is_open and steps >= LEAST_STEPS and LEAST_SECONDS <= steps * seconds(plain) < math.inf):
         return _as_computed(trial, compiled, note) if training.compile == "on" else plain
@@ -248,12 +251,11 @@ def choose(
         found = seconds.faster(replace(found, memory_format="channels_last"), found)
     if training.precision == "auto":
         found = seconds.faster(replace(found, precision="bfloat16"), found)
-    cost = SECONDS_A_LAYER * len(quantized_layers(model))
     compiled = replace(compiled, memory_format=found.memory_format, precision=found.precision)
     if training.compile == "on":
         found = _as_computed(trial, compiled, note)
     elif training.compile == "auto" and steps * seconds(found) * GAIN > 2 * cost:
-        note(f"trying torch.compile before the first step: about {format_duration(cost)}")
+        note(_compiling(cost))
         found = seconds.faster(compiled, found)
     if found != Execution():
         note(
@@ -261,6 +263,11 @@ def choose(
             f"{seconds(plain):.2g} s"
         )
     return found
+
+
+def _compiling(seconds: float) -> str:
+    took = format_duration(seconds)
+    return f"compiling the network before the first step (torch.compile), about {took} the first time"
 
 
 def _check(trial: Trial, execution: Execution) -> None:

@@ -24,7 +24,6 @@ from saqcli.export import ModelMetadata
 from saqcli.export.restore import rebuild_structure, restore
 from saqcli.models.own import OwnNetwork
 from saqcli.models.preprocessing import Preprocessing, has_small_images
-from saqcli.models.weights import sha256_of
 from saqcli.pipelines.bits import check_bits, check_bits_source, given_policy
 from saqcli.pipelines.calibration import calibrate, describe, install_quantizers
 from saqcli.pipelines.checks import check_builds, check_model
@@ -175,7 +174,7 @@ def open_input(
         metadata,
         subject,
         sha256=_hash_model(model),
-        file_sha256=None if path is None else sha256_of(path),
+        file_sha256=None if path is None else _hash_file(path),
         images_sha256=_hash_images(batches),
         score=score,
     )
@@ -248,6 +247,11 @@ def _images(
 def _hash_model(model: nn.Module) -> str:
     tensors = sorted(model.state_dict().items())
     return _hash(part for name, value in tensors for part in (name.encode(), value))
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash_images(batches: Iterable[tuple[Tensor, Tensor]]) -> str:

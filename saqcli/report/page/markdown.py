@@ -42,7 +42,7 @@ def of_run(run: Contents, values: dict[str, Any]) -> str:
 
 {table(["layer", "weights", "inputs", "BOPs share"], layers)}
 
-Quantize to these bits with `saq quantize {values["title"]} --policy {run.path}`.
+For `saq quantize`, the bits are in `{run.path}/policy.json`.
 """
 
 

@@ -25,7 +25,7 @@ COMMANDS = {  # names and the first sentence of the help
     "profile": "Compute MACs, bit-operations and size of a network at given bits or of a run, and the reachable "
     "budgets",
     "analyze": "Analyze a quantized model: sharpness, Hessian, flips, distributions, sensitivity, loss landscape",
-    "report": "Make a page of a run, or one that compares several: a single HTML file that loads nothing",
+    "report": "Make a page of a run, or one that compares several: an HTML file that loads nothing, and Markdown",
     "runs": "List the runs in a folder, show or compare them, or remove them: network, bits, top-1, BOPs, state, age",
     "models": "List the networks that can be quantized; on a terminal with parameters, input size and published "
     "weights",

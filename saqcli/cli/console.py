@@ -199,8 +199,8 @@ def _figures(figures: dict[str, float]) -> str:
 class Pace:
     """The speed of a task.
 
-    A resumed task reports its earlier steps first, without images. They count as done; the clock starts with the first
-    step after them, since until then their images are only skipped.
+    The clock starts when the first step over images is done: it may measure ways to compute, compile the network, or,
+    in a resumed task, skip the images of earlier steps. Those are reported first, without images, and count as done.
     """
 
     def __init__(self, total: int) -> None:
@@ -210,10 +210,10 @@ class Pace:
 
     def advance(self, steps: int, images: int) -> None:
         """Count ``steps`` over ``images``."""
-        resumed = images > 0 and self.images == 0 and self.done > 0
+        first = images > 0 and self.images == 0
         self.done += steps
         self.images += images
-        if resumed:
+        if first:
             self._since, self._done_then, self._images_then = time.monotonic(), self.done, self.images
 
     @property

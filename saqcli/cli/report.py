@@ -33,13 +33,13 @@ def report_command(
     json_output: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Make a page of a run, or one that compares several: a single HTML file that loads nothing.
+    """Make a page of a run, or one that compares several: an HTML file that loads nothing, and Markdown.
 
-    The page is made from the files of the run, which are not changed.
+    Both are made from the files of the run, which are not changed.
 
     Example: `saq report runs/resnet18-34g runs/resnet18-w4a4 --out both.html`
     """
-    from saqcli.report.page.page import write_page
+    from saqcli.report.page.page import twin_of, write_page
 
     named: list[str | None] = [*runs] if runs else [None]
     taken = [
@@ -48,6 +48,6 @@ def report_command(
     ]
     path = write_page(taken, out and out.expanduser())
     if json_output:
-        print_json({"page": str(path), "runs": [str(run) for run in taken]})
+        print_json({"page": str(path), "markdown": str(twin_of(path)), "runs": [str(run) for run in taken]})
     else:
-        typer.echo(f"wrote {path}")
+        typer.echo(f"wrote {path}\nthe same as Markdown: {twin_of(path)}")

@@ -69,6 +69,7 @@ class OpenedModel:
         metadata: the model's metadata.
         subject: model, images and layers for the instruments.
         sha256: hash of all tensors of the model.
+        file_sha256: of the file that it was read from; None of a float model.
         images_sha256: hash of the images, their labels and batch sizes.
         score: loss and accuracy of the model on these images.
     """
@@ -77,6 +78,7 @@ class OpenedModel:
     metadata: ModelMetadata
     subject: AnalysisInput
     sha256: str
+    file_sha256: str | None
     images_sha256: str
     score: Score
 
@@ -167,7 +169,15 @@ def open_input(
     subject = AnalysisInput(model, ordered, batches, metadata.scheme, latent)
     score = subject.score()
     check_score(score.loss, score.images, source)
-    return OpenedModel(source, metadata, subject, _hash_model(model), _hash_images(batches), score)
+    return OpenedModel(
+        source,
+        metadata,
+        subject,
+        sha256=_hash_model(model),
+        file_sha256=None if path is None else _hash_file(path),
+        images_sha256=_hash_images(batches),
+        score=score,
+    )
 
 
 def _calibrated(
@@ -237,6 +247,11 @@ def _images(
 def _hash_model(model: nn.Module) -> str:
     tensors = sorted(model.state_dict().items())
     return _hash(part for name, value in tensors for part in (name.encode(), value))
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash_images(batches: Iterable[tuple[Tensor, Tensor]]) -> str:

@@ -30,6 +30,7 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT, Progress
 from saqcli.report.analysis_file import AnalysisFile, SubjectMetadata, digest_of, images_of
 from saqcli.report.canvas import model_names
+from saqcli.report.page.contents import AGAINST
 from saqcli.report.page.page import NAME as PAGE
 from saqcli.report.page.page import page_after_analysis, try_page
 from saqcli.report.readings import draw
@@ -47,7 +48,6 @@ from saqcli.serialization import (
 )
 from saqcli.training.radii import published_radius
 
-AGAINST = "against"  # folder of the second model
 Options = Mapping[str, Mapping[str, Any]]  # settings of an instrument's own, by its name
 
 
@@ -57,6 +57,7 @@ def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectM
         target=opened.source,
         model=opened.metadata.policy.model,
         sha256=opened.sha256,
+        file_sha256=opened.file_sha256,
         latent_weights=opened.subject.latent,
         split=selection.split_name,
         images=opened.score.images,
@@ -241,7 +242,7 @@ class Analysis:
         first: the model.
         second: the model it was compared with.
         files: written or kept files, JSON first.
-        page: that shows the readings of the first model; None if a file that it shows is damaged.
+        page: that shows the readings; None if a file that it shows is damaged.
     """
 
     out: Path

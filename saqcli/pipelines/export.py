@@ -21,9 +21,9 @@ from saqcli.pipelines.bits import check_deployment, style_for
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import open_run_images, open_trained, saved_model
 from saqcli.progress import Progress
+from saqcli.report.page.page import adding_to_run
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
-from saqcli.serialization import make_folder
 from saqcli.verify.proof import check_runtime
 from saqcli.verify.publish import export_verified
 from saqcli.verify.shared import SharedProof
@@ -101,10 +101,11 @@ def export(
     if path is None:
         path = _default_path(weights, style)
         _check_free(path, overwrite=overwrite)
-    make_folder(path.parent)
     batches, count, about = _images(data, metadata, source, run, progress)
     about["true_size"] = size
-    verdict = export_verified(model, metadata, path, style, batches, count, progress, runtimes, **about)
+    with adding_to_run(path, verdict_path(path), progress):
+        _check_free(path, overwrite=overwrite)
+        verdict = export_verified(model, metadata, path, style, batches, count, progress, runtimes, **about)
     return Export(path, style, verdict)
 
 

@@ -137,6 +137,7 @@ def quantize(
                         trainer.fit()
                 run.note_training(**trainer.execution.recorded())
                 best, last, result.radius = trainer.best, trainer.last, trainer.radius
+                result.distilled = teacher is not None
                 del trainer, teacher  # frees optimizer, average and loaders before evaluation and export
                 measured = scorer.of(model, "fine-tuned", "evaluating")
                 result.score = measured.score

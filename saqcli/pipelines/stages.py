@@ -27,7 +27,7 @@ from saqcli.reconstruction.compensation import Compensation, compensate
 from saqcli.reconstruction.options import Reconstruction
 from saqcli.reconstruction.reconstruct import reconstruct, without_quantizers
 from saqcli.report.answers import write_answers
-from saqcli.report.run_report import NOUNS, QuantizeResult
+from saqcli.report.run_report import FROM_TEACHER, NOUNS, QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.saving import SearchMemory
 from saqcli.tasks.classification import Score
@@ -242,7 +242,7 @@ def announcement(config: RunConfig, images: Images, *, learns_from_float: bool) 
     parts = [f"calibration on {counted(count, 'image')}", *(NOUNS[stage] for stage in wanted_stages(config))]
     if training.epochs:
         steps = counted(len(images.training()), "step")
-        teacher = ", learning from the float network" if learns_from_float else ""
+        teacher = f", {FROM_TEACHER}" if learns_from_float else ""
         parts.append(f"{counted(training.epochs, 'epoch')} of {steps} with {training.method}{teacher}")
     scored = counted(images.val.images, "image")
     return f"{config.model.name}: {'; '.join(parts)}; scored on {scored}"

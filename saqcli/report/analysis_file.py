@@ -16,6 +16,7 @@ class SubjectMetadata(BaseModel):
         target: as given.
         model: canonical name of the network.
         sha256: hash of all tensors of the model.
+        file_sha256: of the file that it was read from; None of a float model, and in files of earlier versions.
         latent_weights: whether its latent weights were available.
         split: ``train``, ``val``, or the name of another split of the data.
         images: number of images.
@@ -30,6 +31,7 @@ class SubjectMetadata(BaseModel):
     target: str
     model: str
     sha256: str
+    file_sha256: str | None = None
     latent_weights: bool
     split: str
     images: int

@@ -237,11 +237,16 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _onnx_files(run: RunDirectory) -> list[Path]:
-    """The ONNX files in the manifest of a finished run, sorted by name."""
-    artifacts = run.manifest().artifacts
-    if not artifacts:  # written by an earlier version
+    """The ONNX files that a finished run wrote, sorted by name; not those of later exports."""
+    manifest = run.manifest()
+    if not manifest.artifacts:  # written by an earlier version
         return [run.onnx_path]
-    return [run.path / name for name in sorted(artifacts) if name.endswith(".onnx")]
+    found = sorted(run.path / name for name in manifest.artifacts if name.endswith(".onnx"))
+    written = manifest.results.get("artifacts")
+    if not isinstance(written, dict):
+        return found
+    names = {Path(str(path)).name for path in written.values()}
+    return [path for path in found if path.name in names]
 
 
 def _onnx_differ(one: Record, other: Record) -> str:

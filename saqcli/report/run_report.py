@@ -32,6 +32,7 @@ NOUNS = {  # of the stages
     "reconstructed": "reconstruction",
     "fine-tuned": "fine-tuning",
 }
+FROM_TEACHER = "learning from the float network"  # after a method of training
 SCORED_ON = {  # what the networks were scored on, in words
     "validation": "{}",
     "held out": "{} held out from calibration",
@@ -71,6 +72,7 @@ class QuantizeResult:
         untrained_score: before fine-tuning, after the last stage without labels.
         seconds: of each stage, over all processes.
         radius: of the perturbation, and its source; None without one.
+        distilled: whether fine-tuning learned from the float network; None without fine-tuning.
     """
 
     model: str
@@ -98,6 +100,7 @@ class QuantizeResult:
     untrained_score: Score | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     radius: Radius | None = None
+    distilled: bool | None = None
 
     def add_stage(self, stage: str, score: Score, agreement: float | None) -> dict[str, Any]:
         """Record the end of a stage; returns its figures.
@@ -162,6 +165,7 @@ class QuantizeResult:
             "epochs": self.epochs,
             "rho": self.radius and self.radius.rho,
             "rho_source": self.radius and self.radius.source,
+            "distilled": self.distilled,
             "last_top1": self.last_score and self.last_score.top1,
             "best_epoch": self.best_epoch,
             "best_top1": self.best_score and _known(self.best_score.top1),
@@ -382,7 +386,9 @@ def _training_summary(config: RunConfig, results: dict[str, Any]) -> str:
         return f"{', '.join(stages).capitalize()}, not fine-tuned"
     rho = results.get("rho")  # unknown in runs of earlier versions
     radius = "" if rho is None else f", radius {rho:g} ({results['rho_source']})"
-    return f"Method {training.method}, {counted(training.epochs, 'epoch')}, learning rate {training.lr:g}{radius}"
+    teacher = f", {FROM_TEACHER}" if results.get("distilled") else ""
+    epochs = counted(training.epochs, "epoch")
+    return f"Method {training.method}{teacher}, {epochs}, learning rate {training.lr:g}{radius}"
 
 
 def _onnx_summary(results: dict[str, Any]) -> str:

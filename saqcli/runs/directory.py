@@ -406,6 +406,23 @@ class RunDirectory:
         self._update(status="finished", results=results, artifacts=hashes)
         self._tracking.end("finished", results)
 
+    @contextmanager
+    def adding(self, *paths: Path) -> Iterator[None]:
+        """Lock the run, and at the end record the hashes of these files that were added to its artifacts.
+
+        Raises:
+            RunDirectoryError: another process is using the directory.
+        """
+        self._lock.take()
+        try:
+            yield
+            added = {
+                path.resolve().relative_to(self.path.resolve()).as_posix(): sha256_of(path) for path in paths
+            }
+            self._update(artifacts=self.manifest().artifacts | added)
+        finally:
+            self._lock.release()
+
     def log(self, **values: Any) -> None:
         """Append one object to ``metrics.jsonl``.
 

@@ -30,6 +30,7 @@ from saqcli.quant.kernels.compiled import prepare_compiler
 from saqcli.quant.kernels.use import use_kernels
 from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.training.memory import Attempt
+from saqcli.units import format_duration
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Precision = Literal["float32", "bfloat16"]
@@ -41,6 +42,7 @@ SECONDS_A_LAYER = 3.0  # to compile, for lack of a measurement of this network
 ROUNDS = 3  # of which the first, which warms up and compiles, does not count
 MOST_GRAPHS = 1000  # of one function, such as the forward pass of the blocks of several networks
 LEAST_CHANNELS = 16  # see ``overruns``, which was seen below 8
+NOT_COMPILED = "torch.compile fails for this network, which runs without it"
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -158,7 +160,7 @@ class Engine:
                 raise
             reason = first_line(error)[:200]
         outputs = self.model(images)  # raises if it was the network that failed
-        self._note(f"the network cannot be compiled and is computed as written: {reason}")
+        self._note(f"{NOT_COMPILED}: {reason}")
         self.execution = replace(self.execution, compiled=False, sizes=(), evaluates=False)
         return outputs
 
@@ -236,6 +238,9 @@ def choose(
             )
         _check(trial, plain)
     seconds = _Clock(trial, plain)
+    cost = SECONDS_A_LAYER * len(quantized_layers(model))
+    if training.compile == "on":
+        note(_compiling(cost))
     is_open = "auto" in (training.memory_format, training.precision, training.compile)
     if not (is_open and steps >= LEAST_STEPS and LEAST_SECONDS <= steps * seconds(plain) < math.inf):
         return _as_computed(trial, compiled, note) if training.compile == "on" else plain
@@ -246,18 +251,23 @@ def choose(
         found = seconds.faster(replace(found, memory_format="channels_last"), found)
     if training.precision == "auto":
         found = seconds.faster(replace(found, precision="bfloat16"), found)
-    cost = SECONDS_A_LAYER * len(quantized_layers(model))
     compiled = replace(compiled, memory_format=found.memory_format, precision=found.precision)
     if training.compile == "on":
         found = _as_computed(trial, compiled, note)
     elif training.compile == "auto" and steps * seconds(found) * GAIN > 2 * cost:
+        note(_compiling(cost))
         found = seconds.faster(compiled, found)
     if found != Execution():
         note(
-            f"training is computed {found}: {seconds(found):.2f} s for the passes of a step, {seconds(plain):.2f} s as "
-            "written"
+            f"training runs {found}: forward and backward passes take {seconds(found):.2g} s a step instead of "
+            f"{seconds(plain):.2g} s"
         )
     return found
+
+
+def _compiling(seconds: float) -> str:
+    took = format_duration(seconds)
+    return f"compiling the network before the first step (torch.compile), about {took} the first time"
 
 
 def _check(trial: Trial, execution: Execution) -> None:
@@ -292,7 +302,7 @@ def _as_computed(trial: Trial, execution: Execution, note: Callable[[str], None]
     except Exception as error:  # the compiler may raise anything, also in the backward pass
         compiled = False
         reason = first_line(error)[:200]
-        note(f"the network cannot be compiled and is computed as written: {reason}")
+        note(f"{NOT_COMPILED}: {reason}")
     if distributed.any_of(not compiled):
         return replace(execution, compiled=False, sizes=(), evaluates=False)
     return execution

@@ -3,10 +3,13 @@
 In a browser, on a phone and on a screen, in both color schemes: nothing overflows, and all text can be read.
 """
 
+import hashlib
 import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from PIL import Image
 
 import saqcli
 from saqcli.errors import ConfigError, RunDirectoryError
+from saqcli.report.comparison import Record
 from saqcli.report.page.contents import read_run
 from saqcli.report.page.page import page_of, write_page
 from saqcli.runs.directory import RunDirectory
@@ -44,6 +48,10 @@ def run(runs: Path, tmp_path: Path) -> Path:
 
 def parts(text: str) -> list[str]:
     return re.findall(r'<section id="(\w+)"', text)
+
+
+def section(text: str, name: str) -> str:
+    return text.partition(f'<section id="{name}"')[2].partition("</section>")[0]
 
 
 def change(path: Path, **values: Any) -> None:
@@ -82,6 +90,7 @@ def test_page_says_what_the_run_found(runs: Path) -> None:
         assert f"{results[key]:.2f} %" in text
     for name in results["policy"]:
         assert f">{name}</th>" in text
+    assert "qat, learning from the float network, 2 epochs" in text
     for style in ("qdq", "exact", "trt", "qonnx"):
         assert f"style {style}," in text
     assert "trtexec --onnx=" in text
@@ -170,6 +179,83 @@ def test_damaged_analysis_does_not_fail_analyze(run: Path, digits: Path) -> None
     assert found["page"] is None
 
 
+def test_second_model_is_beside_the_first(run: Path, digits: Path) -> None:
+    options = ("--images", 10, "--data", digits / "few", "--workers", 0, "--grid", 3, "--overwrite")
+    answer(
+        "analyze",
+        run,
+        "--sharpness",
+        "--landscape",
+        "--against",
+        run / "artifacts" / "model.safetensors",
+        *options,
+    )
+
+    text = section(page_of([run]), "analysis")
+
+    readings = [json.loads(path.read_text()) for path in sorted((run / "analysis").rglob("sharpness.json"))]
+    assert len(readings) == 2
+    for each in readings:
+        assert f"{each['subject']['loss']:.4g}" in text
+    assert text.count("<dt>Sharpness</dt>") == text.count("<figure>") == 2
+
+
+def test_second_model_of_other_settings_is_left_out(run: Path, digits: Path) -> None:
+    options = ("--sharpness", "--images", 10, "--data", digits / "few", "--workers", 0, "--overwrite")
+    answer("analyze", run, "--against", run / "artifacts" / "model.safetensors", *options)
+    assert section(page_of([run]), "analysis").count("<dt>Sharpness</dt>") == 2
+
+    answer("analyze", run, "--rho", 0.7, *options)
+
+    assert section(page_of([run]), "analysis").count("<dt>Sharpness</dt>") == 1
+
+
+def test_readings_of_another_state_are_left_out(run: Path) -> None:
+    assert "of another state" not in page_of([run])
+    manifest = json.loads((run / "manifest.json").read_text())
+    hashes = manifest["artifacts"] | {"artifacts/model.safetensors": "0" * 64}
+    change(run / "manifest.json", artifacts=hashes)
+
+    text = page_of([run])
+
+    assert "of another state of this network" in section(text, "analysis")
+    assert "<dt>Sharpness</dt>" not in text
+
+
+def test_later_export_enters_manifest_and_page(run: Path) -> None:
+    before = RunDirectory.open(run).manifest().artifacts
+
+    found = answer("export", run, "--style", "qdq", "--verify-images", 4)
+
+    assert found["onnx"] == str(run / "artifacts" / "model-qdq.onnx")
+    added = {
+        f"artifacts/model-qdq.{end}": run / "artifacts" / f"model-qdq.{end}"
+        for end in ("onnx", "verdict.json")
+    }
+    assert RunDirectory.open(run).manifest().artifacts == before | {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in added.items()
+    }
+    assert "<h3>model-qdq.onnx</h3>" in (run / "report.html").read_text()
+    assert set(Record.read(RunDirectory.open(run)).onnx) == {
+        Path(name).name for name in before if name.endswith(".onnx")
+    }
+
+
+def test_export_into_a_run_in_use_is_refused(run: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from saqcli.runs.locks import Lock\n"
+    code += "Lock(Path(sys.argv[1])).take(); print('taken', flush=True); input()"
+    command = (sys.executable, "-c", code, str(run))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        refused = saq("export", run, "--style", "qdq", "--verify-images", 4, "--json")
+        other.communicate("\n")
+
+    assert refused.exit_code == 1
+    assert f"is in use by process {other.pid}" in last_error(refused)
+    assert not (run / "artifacts" / "model-qdq.onnx").exists()
+
+
 def test_analysis_of_a_file_has_a_page_of_its_own(run: Path, digits: Path, tmp_path: Path) -> None:
     file, out = run / "artifacts" / "model.safetensors", tmp_path / "readings"
     answer(
@@ -177,7 +263,12 @@ def test_analysis_of_a_file_has_a_page_of_its_own(run: Path, digits: Path, tmp_p
     )
 
     assert parts((out / "report.html").read_text()) == ["analysis"]
-    assert answer("report", out) == {"page": str(out / "report.html"), "runs": [str(out)]}
+    assert answer("report", out) == {
+        "page": str(out / "report.html"),
+        "markdown": str(out / "report.md"),
+        "runs": [str(out)],
+    }
+    assert "| Sharpness |" in (out / "report.md").read_text()
 
 
 FILES = """
@@ -260,6 +351,53 @@ def test_several_runs_are_compared(runs: Path, tmp_path: Path) -> None:
     differ = [name for name in policies[0] if policies[0][name] != policies[1][name]]
     assert differ
     assert re.findall(r'<tr><th scope="row">([^<]*)</th><td data-value', text) == differ
+
+
+def test_comparison_has_a_markdown_twin(runs: Path, tmp_path: Path) -> None:
+    found = answer("report", runs / "run", runs / "search", "--out", tmp_path / "both.html")
+
+    text = Path(found["markdown"]).read_text()
+
+    assert found["markdown"] == str(tmp_path / "both.md")
+    for name in ("run", "search"):
+        assert re.search(rf"^\| (\*\*)?{name}(\*\*)? \|", text, re.MULTILINE)
+    policies = [read_run(runs / name).policy for name in ("run", "search")]
+    differ = {name: [str(policy[name]) for policy in policies] for name in policies[0]}
+    rows = {
+        row[0]: list(row[1:]) for row in re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    }
+    assert rows == {name: bits for name, bits in differ.items() if bits[0] != bits[1]}
+
+
+def test_search_has_a_markdown_twin(runs: Path) -> None:
+    text = (runs / "search" / "report.md").read_text()
+
+    assert text.startswith(f"<!-- saq {saqcli.__version__} -->")
+    for name, bits in read_run(runs / "search").policy.items():
+        assert f"| `{name}` | {bits.weight} | {bits.activation} |" in text
+
+
+def test_report_of_a_quantization_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    before = (run / "report.md").read_text()
+
+    write_page([run])
+    write_page([run], tmp_path / "page.html")
+
+    assert (run / "report.md").read_text() == before
+    assert (tmp_path / "page.md").read_text().partition("\n\n")[2] == before
+
+
+def test_only_twins_are_replaced(run: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "page.md"
+    notes.write_text("mine")
+
+    with pytest.raises(ConfigError, match="is no page that saq wrote"):
+        write_page([run], tmp_path / "page.html")
+    with pytest.raises(ConfigError, match=r"end the name with \.html"):
+        write_page([run], tmp_path / "other.md")
+
+    assert notes.read_text() == "mine"
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_runs_on_other_images_are_not_ranked(runs: Path, run: Path) -> None:

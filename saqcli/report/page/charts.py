@@ -198,15 +198,23 @@ def front_picture(front: Front) -> Markup:
     return picture.markup()
 
 
-def landscape_picture(reading: LandscapeReading) -> Markup | None:
-    """The loss over a plane through the weights, as filled contours of its logarithm; None if it is flat or unknown."""
+def landscape_picture(reading: LandscapeReading, beside: Sequence[LandscapeReading] = ()) -> Markup | None:
+    """The loss over a plane through the weights, as filled contours of its logarithm; None if it is flat or unknown.
+
+    Args:
+        reading: the losses.
+        beside: further ones, on the same scale.
+    """
     from contourpy import contour_generator
 
-    losses = np.array([[math.nan if v is None else v for v in row] for row in reading.loss], np.float64)
+    losses, *others = (_losses(each) for each in (reading, *beside))
     known = losses[np.isfinite(losses)]
     if not len(known) or known.min() == known.max():
         return None
-    height = np.log(np.maximum(losses, max(float(known.max()) * 1e-6, 1e-12)))
+    scale = np.concatenate([known, *(each[np.isfinite(each)] for each in others)])
+    least = max(float(scale.max()) * 1e-6, 1e-12)
+    low, high = (math.log(max(float(value), least)) for value in (scale.min(), scale.max()))
+    height = np.log(np.maximum(losses, least))
     height = np.where(np.isfinite(height), height, np.nanmax(height))
     side, margin = 300.0, 12.0
     picture = Picture(
@@ -215,7 +223,6 @@ def landscape_picture(reading: LandscapeReading) -> Markup | None:
     height = _refined(height)
     across = np.linspace(margin, margin + side, len(height))
     contours = contour_generator(across, across[::-1], height, fill_type="OuterOffset")
-    low, high = float(height.min()), float(height.max())
     levels = [low + (high - low) * (k + 0.5) / CONTOURS for k in range(CONTOURS)]
     picture.box(margin, margin, side, side, "sea", round_by=4)
     for level in reversed(levels):
@@ -224,6 +231,11 @@ def landscape_picture(reading: LandscapeReading) -> Markup | None:
     middle = margin + side / 2
     picture.dot((middle, middle), 4.5, "chosen", f"the quantized weights: loss {_middle(reading):.4g}")
     return picture.markup()
+
+
+def _losses(reading: LandscapeReading) -> Array:
+    """The losses, NaN where they are unknown."""
+    return np.array([[math.nan if v is None else v for v in row] for row in reading.loss], np.float64)
 
 
 def _middle(reading: LandscapeReading) -> float:

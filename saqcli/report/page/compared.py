@@ -81,7 +81,9 @@ def _row(name: str, run: Contents) -> dict[str, Any]:
         size, training = found.size_bytes, run.config.training
         stages = [stage.stage for stage in found.stages] or ["calibrated"]
         how = ", ".join(stages) + (
-            f" ({training.method}, {counted(training.epochs, 'epoch')})" if found.epochs else ""
+            f" ({training.method}{' with teacher' if found.distilled else ''}, {counted(training.epochs, 'epoch')})"
+            if found.epochs
+            else ""
         )
         seconds = sum(run.manifest.seconds.values()) or None
         return row | {

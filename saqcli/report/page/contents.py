@@ -1,8 +1,8 @@
 """The files of a run that its page is made from, read strictly; runs of earlier versions lack some of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,7 +22,10 @@ from saqcli.runs.manifest import RunManifest
 from saqcli.serialization import parse_json, parse_object, read_text
 
 File = TypeVar("File", bound=BaseModel)
-ANALYSIS = "analysis"  # folder of the readings in a run directory
+ANALYSIS, AGAINST = (
+    "analysis",
+    "against",
+)  # folders of readings: in a run directory; in these, of a second model
 Figure = float | None
 Percent = Annotated[float, Field(ge=0, le=100)] | None
 Count = Annotated[int, Field(ge=0)]
@@ -60,6 +63,7 @@ class QuantizeFigures(_Lenient):
     calibrated_top1: Percent = None
     stages: list[StageRow] = []
     epochs: Count = 0
+    distilled: bool | None = None
     last_top1: Percent = None
     best_epoch: int | None = None
     best_top1: Percent = None
@@ -145,10 +149,14 @@ class Analyzed:
     Attributes:
         subject: the model and the images that they are of.
         readings: finished ones of known instruments, by name.
+        settings: that these depend on, by the same names.
+        against: the same readings of a second model on the same images; None without one.
     """
 
     subject: SubjectMetadata
     readings: dict[str, Reading]
+    settings: dict[str, dict[str, Any]]
+    against: "Analyzed | None" = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,8 @@ class Contents:
         scores: that the search kept.
         metrics: lines of the log.
         verdicts: of exported files, in the order of the styles.
-        analyzed: readings of ``saq analyze`` in the run.
+        analyzed: readings of ``saq analyze`` in the run; None if they are of another state of the network.
+        outdated: whether they are, since the run exported another one later.
     """
 
     path: Path
@@ -182,6 +191,7 @@ class Contents:
     metrics: list[Metric] = field(default_factory=list)
     verdicts: list[VerdictFile] = field(default_factory=list)
     analyzed: Analyzed | None = None
+    outdated: bool = False
 
     @property
     def model(self) -> str:
@@ -213,6 +223,11 @@ def read_run(path: Path) -> Contents:
     where = f"{path}/manifest.json, results"
     whole = manifest.verb == "quantize"
     search = _optional(run.search_path, SearchResults)
+    analyzed = read_analysis(path / ANALYSIS)
+    outdated = analyzed is not None and analyzed.subject.file_sha256 not in (
+        None,  # of an earlier version
+        manifest.artifacts.get(run.safetensors_path.relative_to(path).as_posix()),
+    )
     return Contents(
         path=path,
         manifest=manifest,
@@ -227,17 +242,35 @@ def read_run(path: Path) -> Contents:
         scores=_optional(path / SCORES, SearchScores),
         metrics=_metrics(run.metrics_path) if whole else [],
         verdicts=_verdicts(run) if whole else [],
-        analyzed=read_analysis(path / ANALYSIS),
+        analyzed=None if outdated else analyzed,
+        outdated=outdated,
     )
 
 
 def read_analysis(folder: Path) -> Analyzed | None:
-    """The readings in a folder that ``saq analyze`` wrote; None if there are none.
+    """The readings in a folder that ``saq analyze`` wrote, and those of the second model; None if there are none.
 
     Raises:
         RunDirectoryError: a file is damaged.
     """
-    subject, readings = None, {}
+    found = _readings(folder)
+    second = None if found is None else _readings(folder / AGAINST)
+    if found is None or second is None:
+        return found
+    same = {
+        name: reading
+        for name, reading in second.readings.items()
+        if found.settings.get(name) == second.settings[name]
+    }
+    one, other = found.subject, second.subject
+    if not same or any(getattr(one, key) != getattr(other, key) for key in ("split", "images", "seed")):
+        return found  # of an earlier analysis
+    return replace(found, against=replace(second, readings=same))
+
+
+def _readings(folder: Path) -> Analyzed | None:
+    """The finished readings in a folder, all of one model."""
+    subject, readings, settings = None, {}, {}
     for name in INSTRUMENTS:
         file = _optional(folder / f"{name}.json", AnalysisFile)
         if file is None or not file.finished or file.instrument != name:
@@ -247,7 +280,8 @@ def read_analysis(folder: Path) -> Analyzed | None:
         subject = file.subject
         where = f"{folder / name}.json, reading"
         readings[name] = parse_object(INSTRUMENTS[name].reading, file.reading, where, RunDirectoryError)
-    return None if subject is None else Analyzed(subject, readings)
+        settings[name] = file.settings
+    return None if subject is None else Analyzed(subject, readings, settings)
 
 
 def _optional(path: Path, schema: type[File]) -> File | None:

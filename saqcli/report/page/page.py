@@ -1,9 +1,11 @@
-"""Pages of runs: one self-contained HTML file, made from what is in the run directories."""
+"""Pages of runs: one self-contained HTML file and its Markdown twin, made from what is in the run directories."""
 
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from markupsafe import Markup, escape
 from saqcli._version import __version__
 from saqcli.errors import ConfigError, RunDirectoryError, SaqError
 from saqcli.progress import Progress
+from saqcli.report.page import markdown
 from saqcli.report.page.compared import compared
-from saqcli.report.page.contents import read_analysis, read_run
+from saqcli.report.page.contents import Contents, read_analysis, read_run
 from saqcli.report.page.head import points
 from saqcli.report.page.sections import analysis, sections
 from saqcli.runs.directory import RunDirectory
@@ -27,7 +30,7 @@ MARK = '<meta name="generator" content="saq '  # of our pages, which a new one m
 
 
 def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of a run, or a page that compares several.
+    """Write the page of a run, or a page that compares several, and its Markdown twin beside it.
 
     Args:
         folders: run directories of finished runs; a single one may be a folder that ``saq analyze`` wrote.
@@ -37,15 +40,38 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        ConfigError: ``out`` is another file, or the same run is given twice.
+        ConfigError: ``out`` or its twin is another file, or the same run is given twice.
         RunDirectoryError: a folder is no finished run, or a file in it is damaged.
     """
     path = out or (folders[0] / NAME if len(folders) == 1 else OF_SEVERAL)
-    _check_replaceable(path)
-    text = page_of(folders)
+    twin = twin_of(path)
+    _check_replaceable(path, MARK)
+    with _contradictions(folders):
+        report = _read(folders)
+        text = report.html()
+        # that of a quantization is part of the run
+        own = out is None and report.run is not None and report.run.quantized is not None
+        plain = None if own else report.markdown()
     make_folder(path.parent)
+    if plain is not None:
+        _check_replaceable(twin, markdown.MARK)
+        write_text(twin, markdown.marked(plain))
     write_text(path, text)
     return path
+
+
+def twin_of(path: Path) -> Path:
+    """The Markdown file beside a page.
+
+    Raises:
+        ConfigError: the page itself has that name.
+    """
+    twin = path.with_suffix(".md")
+    if twin == path:
+        raise ConfigError(
+            f"{path} is for the page as Markdown, which is written too: end the name with .html"
+        )
+    return twin
 
 
 def try_page(folder: Path, progress: Progress) -> bool:
@@ -60,8 +86,15 @@ def try_page(folder: Path, progress: Progress) -> bool:
 
 def page_of(folders: Sequence[Path]) -> str:
     """The text of the page; arguments and errors as for ``write_page``."""
+    with _contradictions(folders):
+        return _read(folders).html()
+
+
+@contextmanager
+def _contradictions(folders: Sequence[Path]) -> Iterator[None]:
+    """Name the folders where a page cannot be made of their figures, which were changed by hand."""
     try:
-        return _page_of(folders)
+        yield
     except (
         ArithmeticError,
         LookupError,
@@ -71,7 +104,6 @@ def page_of(folders: Sequence[Path]) -> str:
         AssertionError,
         TemplateError,
     ) as error:
-        # files that were changed by hand
         named = ", ".join(map(str, folders))
         raise RunDirectoryError(
             f"no page can be made of {named}: its files hold figures that contradict each other "
@@ -79,18 +111,40 @@ def page_of(folders: Sequence[Path]) -> str:
         ) from error
 
 
-def _page_of(folders: Sequence[Path]) -> str:
+@dataclass(frozen=True)
+class _Report:
+    """What a page is made of: its template, the values in it, and the run if it is of one."""
+
+    template: str
+    values: dict[str, Any]
+    run: Contents | None = None
+
+    def html(self) -> str:
+        """The page."""
+        return _rendered(self.template, self.values)
+
+    def markdown(self) -> str:
+        """Its twin."""
+        if self.run is not None:
+            return markdown.of_run(self.run, self.values)
+        if "analysis" in self.values:
+            return markdown.of_analysis(self.values)
+        return markdown.of_several(self.values)
+
+
+def _read(folders: Sequence[Path]) -> _Report:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError(
             "the same run is given twice: give different runs, or a single one for its own page"
         )
     if len(folders) > 1:
-        return _rendered("compared.html.j2", compared([read_run(folder) for folder in folders]))
+        return _Report("compared.html.j2", compared([read_run(folder) for folder in folders]))
     folder = folders[0]
     if not (folder / "manifest.json").is_file() and (found := read_analysis(folder)) is not None:
         values = {"subject": found.subject, "analysis": analysis(found), "folder": str(folder)}
-        return _rendered("analyzed.html.j2", values)
-    return _rendered("page.html.j2", sections(read_run(folder)))
+        return _Report("analyzed.html.j2", values)
+    run = read_run(folder)
+    return _Report("page.html.j2", sections(run), run)
 
 
 def page_after_analysis(source: Path, out: Path) -> Path:
@@ -104,17 +158,41 @@ def page_after_analysis(source: Path, out: Path) -> Path:
     return out
 
 
-def _check_replaceable(path: Path) -> None:
-    """Refuse to replace a file that is no page of ours.
+@contextmanager
+def adding_to_run(path: Path, verdict: Path, progress: Progress) -> Iterator[None]:
+    """Within the context, a file and its verdict are written, perhaps among the artifacts of a finished run.
+
+    That run is locked, its manifest gets the hashes of both, and its page, if it has one, shows them.
 
     Raises:
-        ConfigError: it is none, or ``path`` is a folder.
+        RunDirectoryError: another process is using the run.
+        CannotWrite: the folder of ``path`` cannot be created.
+    """
+    folder = path.resolve().parent
+    run = None
+    if folder.name == "artifacts" and (folder.parent / "manifest.json").is_file():
+        run = RunDirectory.open(folder.parent)
+    if run is None or run.manifest().status != "finished":
+        make_folder(path.parent)
+        yield
+        return
+    with run.adding(path, verdict):
+        yield
+    if run.page_path.is_file():
+        try_page(path.parent.parent, progress)
+
+
+def _check_replaceable(path: Path, mark: str) -> None:
+    """Refuse to replace a file that is not ours, which ``mark`` tells.
+
+    Raises:
+        ConfigError: it is none of ours, or ``path`` is a folder.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: give the path of a file, such as {path / NAME}")
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
-            if MARK not in file.read(1000):
+            if mark not in file.read(1000):
                 raise ConfigError(f"{path} exists and is no page that saq wrote: give another path")
 
 

@@ -14,11 +14,13 @@ from saqcli.analysis.landscape import LandscapeReading
 from saqcli.analysis.loss_sharpness import SharpnessReading
 from saqcli.report.analysis_file import images_of
 from saqcli.report.answers import Answers
+from saqcli.report.canvas import model_names
 from saqcli.report.page import charts
 from saqcli.report.page.contents import Analyzed, Contents
 from saqcli.report.page.head import headline, notes_of, stage_rows, tiles_of
 from saqcli.report.page.layers import bars_of, layer_rows
 from saqcli.report.page.proofs import proof_of
+from saqcli.report.run_report import FROM_TEACHER
 from saqcli.units import counted
 
 MOST_CLASSES = 10  # that lost most
@@ -49,6 +51,7 @@ def sections(run: Contents) -> dict[str, Any]:
         "layer_notes": notes,
         "front": _front(run),
         "analysis": analysis(run.analyzed) if run.analyzed else None,
+        "outdated": run.outdated,
         "classes": _classes(run),
         "answers": run.answers,
         "pictures": _pictures(run.answers) if run.answers else [],
@@ -108,17 +111,33 @@ def _front(run: Contents) -> dict[str, Any] | None:
 
 def analysis(analyzed: Analyzed) -> dict[str, Any]:
     """The part about sharpness, curvature and landscape."""
-    found = analyzed.readings.get("landscape")
-    landscape = found if isinstance(found, LandscapeReading) else None
-    losses = [loss for row in landscape.loss for loss in row if loss is not None] if landscape else []
+    models = [analyzed, *([analyzed.against] if analyzed.against else [])]
+    landscapes = [
+        each if isinstance(each := model.readings.get("landscape"), LandscapeReading) else None
+        for model in models
+    ]
+    known = [each for each in landscapes if each]
+    losses = [loss for each in known for row in each.loss for loss in row if loss is not None]
+    names = model_names([(each.subject.model, each.subject.target) for each in models])
     return {
         "images": images_of(analyzed.subject.images, analyzed.subject.split),
-        "facts": list(_readings(analyzed)),
-        "landscape": charts.landscape_picture(landscape) if landscape else None,
+        "models": [
+            {
+                "name": name,
+                "facts": [*(_score(model) if len(models) > 1 else ()), *_readings(model)],
+                "landscape": charts.landscape_picture(landscape, known) if landscape else None,
+            }
+            for name, model, landscape in zip(names, models, landscapes, strict=True)
+        ],
         "lowest": min(losses, default=None),
         "highest": max(losses, default=None),
-        "span": landscape.span if landscape else None,
+        "span": known[0].span if known else None,
     }
+
+
+def _score(analyzed: Analyzed) -> Iterator[tuple[str, str, str]]:
+    subject = analyzed.subject
+    yield "Loss", f"{subject.loss:.4g}", f"And top-1 {subject.top1:.2f} %, on these images."
 
 
 def _readings(analyzed: Analyzed) -> Iterator[tuple[str, str, str]]:
@@ -228,6 +247,7 @@ def _facts(run: Contents) -> list[tuple[str, str]]:
     if manifest.verb == "quantize" and training.epochs:
         how = (
             training.method,
+            *([FROM_TEACHER] if run.quantized and run.quantized.distilled else []),
             counted(training.epochs, "epoch"),
             training.optimizer,
             f"learning rate {training.lr:g}",

@@ -1,5 +1,6 @@
 """``--quantize-attention`` in every command: profile, search, quantize, export, eval."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from saqcli.errors import SaqError
 from saqcli.export.restore import restore
 from saqcli.export.safetensors import read_content, restore_structure
 from saqcli.quant.products import quantized_products
-from tests.support.command_line import answer
+from tests.support.command_line import answer, last_error, saq
 
 BLOCKS = 2  # of six: each has two products and is exported in every style
 NETWORK = (
@@ -93,6 +94,43 @@ def test_exported_files_keep_the_products(run: Path, data: Path, tmp_path: Path)
         assert (
             verdict["layers"] >= (4 * BLOCKS + 2) + 4 * BLOCKS - 1
         )  # inputs of layers, operands of products
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "size", "depth"),
+    [
+        ("log2", 32, 1),
+        pytest.param("clip", 224, 12, marks=pytest.mark.slow),
+        pytest.param("log2", 224, 12, marks=pytest.mark.slow),
+        pytest.param("adaptive", 224, 12, marks=pytest.mark.slow),
+    ],
+)
+def test_deit_with_balanced_norms_is_exported(
+    quantizer: str, size: int, depth: int, data: Path, tmp_path: Path
+) -> None:
+    """Random weights: shapes, counts and files, in every style that can express the quantizer."""
+    path = tmp_path / "run"
+    network = ("timm/deit_tiny_patch16_224", "--no-pretrained", "--num-classes", 3, "--input-size", size)
+    options = ("--quantize-attention", "--balance-norms", "--activation-quantizer", quantizer, "--bits", 4)
+    images = ("--calibration", data / "train", "--set", "data.verify_images=2", "--workers", 0)
+    styles = ("--style", "qdq", "--run-dir", path)
+    found = answer("quantize", *network, "--model-kwargs", f"depth={depth}", *options, *images, *styles)
+    assert found["top1"] is None
+    model, _ = restore(path / "artifacts" / "model.safetensors")
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 3)
+    assert len(quantized_products(model)) == 2 * depth
+    verdict = answer("export", path, "--style", "qdq", "--onnx", tmp_path / "qdq.onnx")
+    assert verdict["verified"]
+    for style in ("exact", "trt", "qonnx"):
+        told = saq("export", path, "--style", style, "--onnx", tmp_path / f"{style}.onnx", "--json")
+        if quantizer == "log2":  # tables of levels, also of the first convolution
+            assert told.exit_code == 1
+            assert "uniform grids" in last_error(told)
+        elif quantizer == "clip" or style == "exact":
+            verdict = json.loads(told.stdout)
+            assert verdict["verified"]
+            assert style != "exact" or verdict["max_abs_diff"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def quantize_model(
             try_export(network, ready.example, scheme, export)
         statistics = observed(network.model, ready.calls, seed, progress, scheme=scheme)
         if chosen is None:
-            found = find_bits(
+            searched = find_bits(
                 network,
                 budget,
                 None if calibration is None else ready.calls,
@@ -210,8 +210,8 @@ def quantize_model(
                 progress=progress,
                 **options,
             )
-            chosen = found.policy
-            warn_if_missed(found.accuracy)
+            chosen = searched.policy
+            warn_if_missed(searched.accuracy)
         if balance_norms:
             folded = balanced(network.model, ready.calls, chosen, scheme, seed=seed, progress=progress)
             if any(each.folded for each in folded):

@@ -50,6 +50,10 @@ class PluginWarning(UserWarning):
     """A plugin of another package is broken and disabled; everything else works."""
 
 
+class AccuracyWarning(UserWarning):
+    """A budget of accuracy that no configuration meets; the most accurate one was kept."""
+
+
 class ConfigError(SaqError):
     """An invalid setting, file or option."""
 

@@ -1,15 +1,17 @@
 """Accuracy as a budget, for the library: bounds as they are given, and a search's result under them."""
 
+import warnings
 from dataclasses import replace
 
-from saqcli.errors import ConfigError
+from saqcli.errors import AccuracyWarning, ConfigError
 from saqcli.progress import SILENT
 from saqcli.quant.cost import Budget
+from saqcli.report.accuracy import missed_line
 from saqcli.searchers import Scorer, SearchProblem, SearchResult
 from saqcli.searchers.accuracy import Accuracy, AccuracyBound, keep_accuracy, middle
 from saqcli.training.loop import evaluate
 
-__all__ = ["Accuracy", "AccuracyBound", "keep", "middle", "wanted_accuracy"]
+__all__ = ["Accuracy", "AccuracyBound", "keep", "middle", "wanted_accuracy", "warn_if_missed"]
 
 
 def wanted_accuracy(
@@ -56,3 +58,10 @@ def keep(
     kept = Accuracy(bound, drop, in_float.top1, in_float.images, "calibrated", asked, met)
     choice, scored = list(met.kept.choice), list(scorer.scored.values())
     return replace(result, choice=choice, score=scorer, scored=scored), kept
+
+
+def warn_if_missed(accuracy: Accuracy | None) -> None:
+    """Warn the caller of the public function that calls this, with a sentence, if the bound was not met."""
+    missed = None if accuracy is None else missed_line(accuracy.to_dict())
+    if missed is not None:
+        warnings.warn(missed, AccuracyWarning, stacklevel=4)  # this, the function, its wrapper, the caller

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from saqcli.api.accuracy import wanted_accuracy
+from saqcli.api.accuracy import wanted_accuracy, warn_if_missed
 from saqcli.api.arguments import scheme_of
 from saqcli.api.batches import BatchReader, Calls, Inputs
 from saqcli.api.exporting import try_export
@@ -96,7 +96,8 @@ def quantize_model(
             or a ``Budget``.
         max_drop: budget of accuracy: most points of top-1 that may be lost, measured calibrated on every second of the
             labelled samples of ``calibration``; alone for the fewest bit-operations, or together with ``budget``. If it
-            cannot be met, the most accurate configuration is used (``saqcli.search`` tells).
+            cannot be met, the most accurate configuration is used, with an ``AccuracyWarning`` that says by how much;
+            ``accuracy`` of what ``saqcli.search`` returns has the numbers.
         min_top1: the same as the least top-1 in percent.
         calibration: any iterable of batches: tensors, tuples or dictionaries, with or without labels; see
             ``saqcli.api.batches``. Without it, levels are fitted to ``example`` alone.
@@ -194,7 +195,7 @@ def quantize_model(
             try_export(network, ready.example, scheme, export)
         statistics = observed(network.model, ready.calls, seed, progress, scheme=scheme)
         if chosen is None:
-            chosen = find_bits(
+            searched = find_bits(
                 network,
                 budget,
                 None if calibration is None else ready.calls,
@@ -208,7 +209,9 @@ def quantize_model(
                 seed=seed,
                 progress=progress,
                 **options,
-            ).policy
+            )
+            chosen = searched.policy
+            warn_if_missed(searched.accuracy)
         if balance_norms:
             folded = balanced(network.model, ready.calls, chosen, scheme, seed=seed, progress=progress)
             if any(each.folded for each in folded):

@@ -59,7 +59,7 @@ def reconstruct(
         options: of each block; with 0 iterations nothing changes.
         seed: of all random numbers.
         memory: state of an earlier, interrupted reconstruction; the resumed one gives the same bits.
-        progress: one task a block, with its error before and after.
+        progress: one task a block, titled with its place among all, with its error before and after.
         limit: bytes of memory for activations; None for half of what is free.
 
     Returns:
@@ -91,7 +91,8 @@ def reconstruct(
         for index in range(len(run.done), len(blocks)):
             block, data = blocks[index], activations.at(index)
             generator = torch.Generator().manual_seed(seeds_of(seed, index)[2] % 2**63)
-            with progress.task(block.name, 1 if descends else options.iterations) as task:
+            title = f"{block.name}, block {index + 1} of {len(blocks)}"
+            with progress.task(title, 1 if descends else options.iterations) as task:
                 if descends:
                     error = descend_block(
                         block,

@@ -81,8 +81,9 @@ def export_verified(
         verdict.verified_on, verdict.images_available = verified_on, available
         reasons = verdict.reasons()
         if reasons:
+            remedy = f"; {verdict.remedy}" if verdict.remedy else ""
             raise ExportMismatch(
-                f"{path.name} does not match the model ({'; '.join(reasons)}); no file was written"
+                f"{path.name} does not match the model ({'; '.join(reasons)}); no file was written{remedy}"
             )
     if isinstance(exporter, OnnxStyle):
         about = {"style": style, "opset": OPSET, "versions": versions(runtimes)}

@@ -141,6 +141,20 @@ class Verdict:
         reasons = [*self.problems, *(f"hazard {line}" for line in summaries(self.hazards))]
         if self.bit_equal and self.max_abs_diff != 0:
             reasons.append(f"logits differ by up to {self.max_abs_diff:.3g} but must be equal")
+        reasons += self._end_to_end()
+        for name, verdict in self.others.items():
+            reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
+        if self.layerwise is not None and not self.layerwise.passed:
+            reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
+            if self.twin is not None and self.twin.saturated:
+                reasons.append(_saturated(self.twin))
+        if self.equals_twin and self.twin is not None and self.twin.failed:
+            reasons.append(_unlike_twin(self.twin))
+        return reasons
+
+    def _end_to_end(self) -> list[str]:
+        """Why the whole network differs too much from PyTorch's, one line each."""
+        reasons = []
         different = round((1 - self.argmax_agreement) * self.images)
         allowance = min(PYTORCH_FACTOR * (1 - self.pytorch_agreement), MAX_DISAGREEMENT)
         if different > (1 - LEAST_AGREEMENT + allowance) * self.images + EXTRA_IMAGES:
@@ -154,15 +168,21 @@ class Verdict:
                 f"logits differ by {self.mean_abs_diff:.3g} of their deviation on average, "
                 f"but only {allowed:.3g} is allowed"
             )
-        for name, verdict in self.others.items():
-            reasons += [f"in {name} {reason}" for reason in verdict.reasons()]
-        if self.layerwise is not None and not self.layerwise.passed:
-            reasons.append(self.layerwise.problem or _differing_layers(self.layerwise))
-            if self.twin is not None and self.twin.saturated:
-                reasons.append(_saturated(self.twin))
-        if self.equals_twin and self.twin is not None and self.twin.failed:
-            reasons.append(_unlike_twin(self.twin))
         return reasons
+
+    @property
+    def remedy(self) -> str | None:
+        """What helps where every layer is right and rounding alone separates the networks; None elsewhere."""
+        end_to_end = self._end_to_end()
+        if self.layerwise is None or not end_to_end or self.reasons() != end_to_end:
+            return None
+        ways = "choose `style=exact`"
+        if self.inexact is None:
+            ways += ", or quantize again with `quantization.short_steps=5`, where `style=qdq` equals PyTorch"
+        return (
+            "every layer is right given the same codes, but codes that rounding moves change many others: "
+            + ways
+        )
 
     @property
     def explanation(self) -> str | None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import saqcli as saq
-from saqcli.errors import ConfigError, DataError
+from saqcli.errors import AccuracyWarning, ConfigError, DataError
 
 
 def trained() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -57,3 +57,18 @@ def test_bad_bounds_are_refused() -> None:
         saq.search(net, None, [data[0][0]], max_drop=1)
     with pytest.raises(ConfigError, match="give exactly one"):
         saq.quantize_model(net, 4, max_drop=1, calibration=data)
+
+
+def test_missed_bound_warns_in_one_line() -> None:
+    net, data = trained()
+    wrong = [(images, 1 - labels) for images, labels in data[:1]] + data[1:]
+    with pytest.warns(AccuracyWarning) as raised:
+        quantized = saq.quantize_model(net, min_top1=100, calibration=wrong)
+    found = saq.search(net, None, wrong, min_top1=100).accuracy
+    assert found is not None
+    (warning,) = raised
+    assert f"loses {found.float_top1 - found.result.kept.top1:.2f} points" in str(warning.message)
+    assert f"the float network itself is {100 - found.float_top1:.2f} points below" in str(warning.message)
+    assert "\n" not in str(warning.message)
+    assert warning.filename == __file__
+    assert quantized(wrong[0][0]).shape == (32, 2)

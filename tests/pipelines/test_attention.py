@@ -14,7 +14,7 @@ from saqcli.errors import SaqError
 from saqcli.export.restore import restore
 from saqcli.export.safetensors import read_content, restore_structure
 from saqcli.quant.products import quantized_products
-from tests.support.command_line import answer
+from tests.support.command_line import answer, last_error, saq
 
 BLOCKS = 2  # of six: each has two products and is exported in every style
 NETWORK = (
@@ -93,6 +93,25 @@ def test_exported_files_keep_the_products(run: Path, data: Path, tmp_path: Path)
         assert (
             verdict["layers"] >= (4 * BLOCKS + 2) + 4 * BLOCKS - 1
         )  # inputs of layers, operands of products
+
+
+def test_deit_on_powers_of_two_is_exported_or_refused(data: Path, tmp_path: Path) -> None:
+    """Random weights, balanced norms, products on tables of levels; the first layer is a convolution."""
+    path = tmp_path / "run"
+    network = ("timm/deit_tiny_patch16_224", "--no-pretrained", "--num-classes", 3, "--input-size", 32)
+    options = ("--quantize-attention", "--balance-norms", "--activation-quantizer", "log2", "--bits", 4)
+    images = ("--calibration", data / "train", "--set", "data.verify_images=2", "--workers", 0)
+    found = answer("quantize", *network, "--model-kwargs", "depth=1", *options, *images, "--run-dir", path)
+    assert found["top1"] is None
+    model, _ = restore(path / "artifacts" / "model.safetensors")
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert len(quantized_products(model)) == 2
+    assert answer("export", path, "--style", "qdq", "--onnx", tmp_path / "qdq.onnx")["verified"]
+    for style in ("exact", "trt", "qonnx"):
+        refused = saq("export", path, "--style", style, "--onnx", tmp_path / f"{style}.onnx", "--json")
+        assert refused.exit_code == 1
+        assert "uniform grids" in last_error(refused)
 
 
 @pytest.mark.parametrize(

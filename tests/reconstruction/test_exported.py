@@ -57,6 +57,17 @@ def test_every_style_is_proved(tmp_path: Path, form: str, style: str) -> None:
         assert verdict.max_abs_diff == 0.0
 
 
+def test_integer_file_is_proved(tmp_path: Path) -> None:
+    """Of a network for ONNX Runtime, whose additions and pools are quantized too."""
+    net, _ = tiny.build("residual")
+    model = saq.quantize_model(net, "w4a8", calibration=[IMAGES], target="ort-cpu", weight_grid="zero")
+    before = codes(model)
+    errors = saq.reconstruct(model, [IMAGES], iterations=25)
+    assert any(error.after < error.before for error in errors)
+    assert not all(torch.equal(one, other) for one, other in zip(before, codes(model), strict=True))
+    assert saq.export_onnx(model.eval(), tmp_path / "net.onnx", "ort").verified
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_saved_network_computes_the_same(tmp_path: Path, form: str) -> None:
     saq.save(fitted(form), tmp_path / "net.safetensors")

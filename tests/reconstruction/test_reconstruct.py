@@ -104,7 +104,8 @@ def test_no_block_becomes_worse() -> None:
     assert [error.name for error in errors] == ["stem", "left to right", "head"]
     assert all(error.after <= error.before for error in errors)
     assert any(error.after < error.before for error in errors)
-    assert told.tasks == [(error.name, 6) for error in errors]
+    count = len(errors)
+    assert told.tasks == [(f"{error.name}, block {i} of {count}", 6) for i, error in enumerate(errors, 1)]
     assert told.steps == [6, 6, 6]
     assert told.figures[-1] == {"before": errors[-1].before, "after": errors[-1].after}
     assert same(kept, bits_of(in_float))

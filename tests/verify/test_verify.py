@@ -1,12 +1,14 @@
 """The verdict: when a file counts as equal to the model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from saqcli.progress import SILENT
+from saqcli.verify.layerwise import LayerCheck, LayerwiseCheck
 from saqcli.verify.verdict import LARGEST_MEAN_DIFFERENCE, LEAST_AGREEMENT, Verdict, compare, judge, worst
 
 
@@ -165,6 +167,21 @@ def test_allowance_grows_with_pytorch_noise() -> None:
     assert verdict.verified
     verdict.argmax_agreement, verdict.mean_abs_diff = 0.7, 0.45
     assert len(verdict.reasons()) == 2
+
+
+def test_remedy_is_for_rounding_alone() -> None:
+    right = LayerwiseCheck((LayerCheck("one", 100, 1, 0, 1.1e-6),), 2e-7)
+    wrong = LayerwiseCheck((LayerCheck("one", 100, 1, 0, 0.5),), 0.4)
+    verdict = Verdict(100, 0.55, 1.0, 0.1, layerwise=right)
+    assert verdict.reasons() == ["the best class agrees on 55.00 % of 100 images"]
+    assert verdict.remedy is not None
+    assert "`style=exact`, or quantize again with `quantization.short_steps=5`" in verdict.remedy
+    short = replace(verdict, inexact=()).remedy
+    assert short is not None
+    assert short.endswith("choose `style=exact`")
+    assert replace(verdict, layerwise=wrong).remedy is None
+    assert replace(verdict, problems=["no facts"]).remedy is None
+    assert replace(verdict, argmax_agreement=1.0).remedy is None
 
 
 @pytest.mark.parametrize(("pytorch", "most"), [(1.0, 27), (0.99, 37), (0.5, 152)])

@@ -274,7 +274,8 @@ class QuantizationSection(_Section):
     ``cost`` name, by these two names, when the settings were made; no file is read again.
 
     ``candidates`` are the widths of weights, and of inputs too unless ``activation_candidates`` lists others. Both are
-    chosen apart, unless these are ``tied`` (null in settings of older versions): one width for both. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
+    chosen apart, unless these are ``tied`` (null in settings of older versions): one width for both. ``pins`` restrict
+    them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
     ``restore_deviation`` multiplies normalized weights by the deviation of the float ones again; false as in the paper.
     ``correct_bias`` and ``recalibrate_bn`` compensate the mean shift by quantization after calibration.
     """

@@ -103,8 +103,8 @@ def search(
         searcher: name in ``saqcli.searchers.SEARCHERS``.
         options: further keyword arguments of the searcher, such as ``{"epochs": 2}``.
         candidates: bit-widths that a layer may have.
-        activation_candidates: bit-widths of inputs, chosen apart from those of weights; "same" for ``candidates``, "tied"
-            for the bits of the weights.
+        activation_candidates: bit-widths of inputs, chosen apart from those of weights; "same" for ``candidates``,
+            "tied" for the bits of the weights.
         pins: as in ``quantize_model``.
         cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``, or the path of a table of
             costs; the budget is then in its unit, such as ``"1.8ms"``.

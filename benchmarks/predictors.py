@@ -22,7 +22,7 @@ from searchers import Bench
 
 from saqcli.pipelines.find_bits import bind_search, request_search
 from saqcli.progress import SILENT
-from saqcli.searchers.divergences import divergences
+from saqcli.searchers.divergences import add_divergences, divergences
 from saqcli.searchers.hawq import HAWQ
 from saqcli.searchers.knapsack import Sampler, best_choice
 from saqcli.searchers.problem import SearchProblem
@@ -41,7 +41,7 @@ def sums(problem: SearchProblem) -> dict[str, Losses]:
     hawq = HAWQ()
     return {
         "error": relative_noise(problem),
-        "fisher": divergences(problem, 64),
+        "fisher": add_divergences(problem.space, divergences(problem, 64)),
         "hawq": hawq.losses(problem, hawq.traces(problem)),
         "sensitivity": Sensitivity().losses(fresh(problem)),
     }

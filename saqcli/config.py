@@ -273,8 +273,9 @@ class QuantizationSection(_Section):
     in the table of targets (``saqcli.target``), or a file. ``contents`` holds what the files said that ``target`` and
     ``cost`` name, by these two names, when the settings were made; no file is read again.
 
-    ``candidates`` are the widths of weights and inputs together, unless ``activation_candidates`` are set for the
-    inputs. ``pins`` restrict them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
+    ``candidates`` are the widths of weights, and of inputs too unless ``activation_candidates`` lists others. Both are
+    chosen apart, unless these are ``tied`` (null in settings of older versions): one width for both. ``pins`` restrict
+    them by pattern of layer names: ``4``, ``3-6``, ``w4a8``; the last match decides.
     ``restore_deviation`` multiplies normalized weights by the deviation of the float ones again; false as in the paper.
     ``correct_bias`` and ``recalibrate_bn`` compensate the mean shift by quantization after calibration.
     """
@@ -353,14 +354,15 @@ class QuantizationSection(_Section):
         WIDTHS
     )
     activation_candidates: Annotated[
-        Widths | None,
+        Widths | Literal["same", "tied"],
+        BeforeValidator(lambda given: "tied" if given is None else given),
         Option(
-            "Bit-widths that the inputs of a layer may have, chosen independently of those of its weights",
+            "Bit-widths that the inputs of a layer may have: a list, `same` for those that its weights may have, "
+            "chosen independently, or `tied` for the bits of its weights",
             "4,8",
-            "always equal to those of the weights",
-            parse="widths",
+            parse="input widths",
         ),
-    ] = None
+    ] = "same"
     pins: Annotated[
         dict[str, Text],
         Option(

@@ -36,7 +36,9 @@ class Option:
     panel: str | None = None
     names: tuple[str, ...] = ()
     choices: Mapping[str, str] | None = None
-    parse: Literal["numbers", "size", "widths", "assignments", "pins", "count or all"] | None = None
+    parse: (
+        Literal["numbers", "size", "widths", "input widths", "assignments", "pins", "count or all"] | None
+    ) = None
     least: int | None = None
     file: bool = False
     repeated: bool = False

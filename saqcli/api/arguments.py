@@ -1,6 +1,7 @@
 """Checks of arguments that several public functions share: quantizers and bit-widths."""
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from saqcli.errors import ConfigError
 from saqcli.quant.bits import MAX_BITS, MIN_BITS
@@ -56,7 +57,7 @@ def scheme_of(
 
 def widths_of(
     candidates: Iterable[int],
-    activation_candidates: Iterable[int] | None = None,
+    activation_candidates: Iterable[int] | Literal["same", "tied"] = "tied",
     target: Target | None = None,
 ) -> Candidates:
     """The bit-widths that a layer may have; of those for both, a target with other widths of inputs unties these.
@@ -65,8 +66,8 @@ def widths_of(
         ConfigError: none, or other than whole numbers from 2 to 8, or none that the target runs.
     """
     weights = _widths("candidates", candidates)
-    tied = activation_candidates is None
-    inputs = weights if tied else _widths("activation_candidates", activation_candidates or ())
+    tied, same = (activation_candidates == word for word in ("tied", "same"))
+    inputs = weights if tied or same else _widths("activation_candidates", activation_candidates)
     if target is not None:
         weights, inputs = target.candidates(weights, "weights"), target.candidates(inputs, "inputs")
     return Candidates(weights, None if tied and weights == inputs else inputs)
@@ -89,10 +90,12 @@ def space_for(
     return space
 
 
-def _widths(name: str, candidates: Iterable[int]) -> tuple[int, ...]:
+def _widths(name: str, candidates: Iterable[object]) -> tuple[int, ...]:
     given = tuple(candidates)
-    if not given or not all(type(bits) is int and MIN_BITS <= bits <= MAX_BITS for bits in given):
+    widths = [bits for bits in given if type(bits) is int and MIN_BITS <= bits <= MAX_BITS]
+    if not given or len(widths) < len(given):
+        shown = candidates if isinstance(candidates, str) else given
         raise ConfigError(
-            f"`{name}={given!r}`: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as (2, 4, 8)"
+            f"`{name}={shown!r}`: give bit-widths from {MIN_BITS} to {MAX_BITS}, such as (2, 4, 8)"
         )
-    return tuple(sorted(set(given)))
+    return tuple(sorted(set(widths)))

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ def search(
     searcher: str = "error",
     options: Mapping[str, Any] | None = None,
     candidates: Iterable[int] = WIDTHS,
-    activation_candidates: Iterable[int] | None = None,
+    activation_candidates: Iterable[int] | Literal["same", "tied"] = "tied",
     pins: Mapping[str, str] | None = None,
     cost: str = "bops",
     quantizer: str = "clip",
@@ -103,7 +103,8 @@ def search(
         searcher: name in ``saqcli.searchers.SEARCHERS``.
         options: further keyword arguments of the searcher, such as ``{"epochs": 2}``.
         candidates: bit-widths that a layer may have.
-        activation_candidates: bit-widths of inputs, chosen apart from those of weights; None for the same bits.
+        activation_candidates: bit-widths of inputs, chosen apart from those of weights; "same" for ``candidates``,
+            "tied" for the bits of the weights.
         pins: as in ``quantize_model``.
         cost: cost model that counts the budget, by its name in ``saqcli.quant.costs.COSTS``, or the path of a table of
             costs; the budget is then in its unit, such as ``"1.8ms"``.
@@ -197,7 +198,7 @@ def find_bits(
     searcher: str = "error",
     options: Mapping[str, Any] | None = None,
     candidates: Iterable[int] = WIDTHS,
-    activation_candidates: Iterable[int] | None = None,
+    activation_candidates: Iterable[int] | Literal["same", "tied"] = "tied",
     pins: Mapping[str, str] | None = None,
     cost: str = "bops",
     target: Target | None = None,

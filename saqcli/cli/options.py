@@ -395,10 +395,20 @@ def parse_widths(text: str, setting: str) -> tuple[int, ...]:
     return parse_candidates(text, setting)
 
 
+def parse_input_widths(text: str, setting: str) -> tuple[int, ...] | str:
+    """Bit-widths, or one of the words that stand for some.
+
+    Raises:
+        ConfigError: the text is invalid.
+    """
+    return text if text in ("same", "tied") else parse_widths(text, setting)
+
+
 PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "numbers": parse_numbers,
     "size": parse_size,
     "widths": parse_widths,
+    "input widths": parse_input_widths,
     "assignments": parse_assignments,
     "pins": parse_pins,
     "count or all": parse_count_or_all,

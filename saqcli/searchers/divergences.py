@@ -24,14 +24,15 @@ from saqcli.progress import Task
 from saqcli.quant.clip_init import best_level
 from saqcli.quant.grid import AnyGrid, fake_quantize
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers, zero_ports
+from saqcli.quant.search_space import SearchSpace
 from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.separable import Key, Losses, add_losses, sums_over_batches, widths
 
 Quantizer = tuple[Tensor, AnyGrid]  # clipping level, and the grid
 
 
-def divergences(problem: SearchProblem, count: int) -> Losses:
-    """The divergence, in nats, that every option of every decision causes alone.
+def divergences(problem: SearchProblem, count: int) -> dict[str, float]:
+    """The divergence, in nats, that every operand causes alone at every width, by name.
 
     Args:
         problem: its model in floating point, which is not changed.
@@ -49,8 +50,15 @@ def divergences(problem: SearchProblem, count: int) -> Losses:
         task.advance(images=1)
 
     steps = len(images) if layers else 0
-    sums = sums_over_batches(problem, "sensitivity of every operand", steps, measure)
-    return add_losses(problem.space, lambda key: sums.get(_name(key), 0.0))
+    return sums_over_batches(problem, "sensitivity of every operand", steps, measure)
+
+
+def add_divergences(
+    space: SearchSpace, found: Mapping[str, float], weight: float = 1.0, activation: float = 1.0
+) -> Losses:
+    """The losses of every option: divergences of weights and inputs, each times its factor, summed over layers."""
+    factors = {"weight": weight, "activation": activation}
+    return add_losses(space, lambda key: factors[key.operand] * found.get(_name(key), 0.0))
 
 
 def _images(problem: SearchProblem, count: int) -> list[Tensor]:

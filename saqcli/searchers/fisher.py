@@ -3,7 +3,7 @@
 The divergences (``divergences``) are summed over layers, and the knapsack is solved exactly.
 """
 
-from saqcli.searchers.divergences import divergences
+from saqcli.searchers.divergences import add_divergences, divergences
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import SearchProblem, SearchResult
 from saqcli.training.options import check_count
@@ -23,7 +23,7 @@ class Fisher:
     def search(self, problem: SearchProblem) -> SearchResult:
         """Measure every operand at every width, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
-        losses = divergences(problem, self.images)
+        losses = add_divergences(problem.space, divergences(problem, self.images))
         choice = best_choice(problem.space, problem.budget, losses)
         return SearchResult(
             choice, lambda budget: [best_choice(problem.space, budget, losses)], losses=losses

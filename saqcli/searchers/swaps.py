@@ -4,7 +4,10 @@ Losses of single operands do not add up at few bits: the sum that a knapsack min
 is worse than the same bits everywhere. Here sums only propose, and the network itself decides:
 
     starts    the same bits everywhere, with weights and inputs at widths of their own; the optima of two knapsacks
-              (``fisher``, ``error``); the best of both with what is left of the budget spent
+              (``fisher``, ``error``)
+    fit       one factor for all weights and one for all inputs, with which the sums of ``fisher`` come nearest to
+              what was measured of the uniform configurations; the optimum of these sums is one more start
+    fill      what the best start and the best uniform configuration leave of the budget is spent
     swaps     one layer's weights or inputs get a bit more and another's a bit less, or what the budget still allows;
               tried in the order of the predicted gain, kept if the divergence from the float network falls
 
@@ -12,19 +15,24 @@ Every configuration is measured at the starting point of fine-tuning, with its c
 the nearest of all that were measured: never worse, on the scoring images, than the best uniform configuration.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from scipy.optimize import lsq_linear
 
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
-from saqcli.searchers.divergences import divergences
+from saqcli.searchers.divergences import add_divergences, divergences
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import Batch, Scored, SearchProblem, SearchResult
 from saqcli.searchers.separable import Losses, relative_noise
 from saqcli.searchers.supernet import Scorer, closeness, score_all
 from saqcli.training.options import check_count
 
+FACTORS = 0.1, 10.0  # least and greatest factor of the divergences of weights, and of inputs
 Choice = tuple[int, ...]
 Move = tuple[float, int, int]  # change of the predicted loss, decision, its new option
 
@@ -54,17 +62,22 @@ class Swaps:
         space, budget = problem.space, problem.budget
         space.check_reachable(budget)
         kept = problem.memory.load() or {}
-        losses: Losses = kept.get("losses") or divergences(problem, self.images)
+        alone: dict[str, float] = kept.get("divergences") or divergences(problem, self.images)
+        known, losses = {"divergences": alone}, add_divergences(space, alone)
         starts = _starts(space, budget, losses, relative_noise(problem))
         report = Scorer(problem)  # on all scoring images
         problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
         scorer = Scorer(problem, report.at)
-        best = score_all(problem, scorer, starts, {"losses": losses})
-        uniform = min(map(scorer, untied_uniforms(space, budget)), key=closeness, default=best)
+        best = score_all(problem, scorer, starts, known)
+        uniforms = [scorer(choice) for choice in untied_uniforms(space, budget)]
+        losses = add_divergences(space, alone, *_factors(space, alone, uniforms))
+        starts = [best.choice, tuple(best_choice(space, budget, losses))]
+        best = score_all(problem, scorer, list(dict.fromkeys(starts)), known)
+        uniform = min(uniforms, key=closeness, default=best)
         filled = [_filled(space, budget, start.choice, losses) for start in (best, uniform)]
-        best = score_all(problem, scorer, [best.choice, *dict.fromkeys(filled)], {"losses": losses})
+        best = score_all(problem, scorer, [best.choice, *dict.fromkeys(filled)], known)
         if not budget.admits(space.ceiling):
-            best = self._descend(problem, scorer, best, losses)
+            best = self._descend(problem, scorer, best, losses, known)
         choice = list(best.choice)
 
         def propose(budget: Budget) -> list[list[int]]:
@@ -84,7 +97,14 @@ class Swaps:
                 found.append(batch)
         return found
 
-    def _descend(self, problem: SearchProblem, scorer: Scorer, best: Scored, losses: Losses) -> Scored:
+    def _descend(
+        self,
+        problem: SearchProblem,
+        scorer: Scorer,
+        best: Scored,
+        losses: Losses,
+        known: Mapping[str, Any],
+    ) -> Scored:
         """Swap as long as it helps; an interrupted search finds its scores again."""
         tried = {best.choice}
         failed = 0
@@ -98,7 +118,7 @@ class Swaps:
                 failed = 0 if closeness(found) < closeness(best) else failed + 1
                 best = min(best, found, key=closeness)
                 task.advance(divergence=best.divergence, best=best.top1)
-                problem.memory.offer(lambda: {"losses": losses, "calibrated": scorer.state_dict()})
+                problem.memory.offer(lambda: {**known, "calibrated": scorer.state_dict()})
         return best
 
 
@@ -118,6 +138,22 @@ def untied_uniforms(space: SearchSpace, budget: Budget) -> list[list[int]]:
         if not any(other != pair and other[0] >= pair[0] and other[1] >= pair[1] for other in pairs)
     ]
     return [pairs[pair] for pair in sorted(widest)]
+
+
+def _factors(
+    space: SearchSpace, alone: Mapping[str, float], measured: Sequence[Scored]
+) -> tuple[float, float]:
+    """Of weights and of inputs: the sums of divergences come nearest, relatively, to the measured ones."""
+    of_weights, of_inputs = add_divergences(space, alone, 1, 0), add_divergences(space, alone, 0, 1)
+    rows = [
+        (_total(of_weights, one.choice) / one.divergence, _total(of_inputs, one.choice) / one.divergence)
+        for one in measured
+        if 0 < one.divergence < math.inf
+    ]
+    if len(rows) < 2:
+        return 1.0, 1.0
+    weight, activation = lsq_linear(rows, [1.0] * len(rows), FACTORS).x
+    return float(weight), float(activation)
 
 
 def _total(losses: Losses, choice: Sequence[int]) -> float:

@@ -121,6 +121,7 @@ def test_budgets_may_be_whole_floats() -> None:
 def test_invalid_candidates_are_refused(candidates: Any) -> None:
     for name in ("candidates", "activation_candidates"):
         assert message(lambda name=name: search(**{name: candidates})).startswith(f"`{name}=")  # type: ignore[misc]
+    assert message(lambda: search(activation_candidates="wide")).startswith("`activation_candidates='wide'`")
     assert message(lambda: saq.profile(build(NAME), example=inputs_of(NAME), candidates=candidates))
 
 

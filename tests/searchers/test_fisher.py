@@ -1,5 +1,6 @@
 """Predicted divergences, against exact ones in float64; and swaps, against every uniform configuration."""
 
+import itertools
 from contextlib import suppress
 from dataclasses import replace
 
@@ -12,10 +13,10 @@ from saqcli.quant.grid import fake_quantize
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers
 from saqcli.quant.search_space import Candidates
 from saqcli.searchers import Scorer, closeness
-from saqcli.searchers.divergences import _inputs, _movements, _weight_errors, divergences
-from saqcli.searchers.problem import SearchProblem
+from saqcli.searchers.divergences import _inputs, _movements, _weight_errors, add_divergences, divergences
+from saqcli.searchers.problem import Scored, SearchProblem
 from saqcli.searchers.separable import Key, relative_noise
-from saqcli.searchers.swaps import Swaps, _starts, untied_uniforms
+from saqcli.searchers.swaps import Swaps, _factors, _starts, untied_uniforms
 from tests.support.searching import Stopping, fresh, random_problem, tiny_problem
 
 
@@ -89,7 +90,8 @@ def test_losses_ignore_labels_and_leave_the_model_alone() -> None:
     assert one == other
     assert all(torch.equal(before[name], value) for name, value in problem.model.state_dict().items())
     assert not any(layer.perturbation is not None for layer in quantized_layers(problem.model).values())
-    fewer, more = (sum(row[index] for row in one) for index in (0, -1))
+    losses = add_divergences(problem.space, one)
+    fewer, more = (sum(row[index] for row in losses) for index in (0, -1))
     assert fewer > more  # noise of 2 bits and of 4
 
 
@@ -106,10 +108,24 @@ def test_swaps_are_never_worse_than_a_uniform_configuration(seed: int) -> None:
 def test_swap_is_kept_where_sums_mislead() -> None:
     problem = random_problem(21)
     found = Swaps(images=8, swaps=12).search(fresh(problem))
-    losses = divergences(fresh(problem), 8)
+    losses = add_divergences(problem.space, divergences(fresh(problem), 8))
     starts = _starts(problem.space, problem.budget, losses, relative_noise(fresh(problem)))
     scorer = Scorer(fresh(problem))
     assert closeness(scorer(found.choice)) < min(closeness(scorer(start)) for start in starts)
+
+
+def test_factors_of_operands_are_found_again() -> None:
+    """From divergences that are sums with known factors; and none where one configuration is known."""
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 3, 4), (2, 3, 4)))
+    space, alone = problem.space, divergences(fresh(problem), 4)
+    truth = add_divergences(space, alone, 0.5, 3.0)
+    measured = [
+        Scored(tuple(choice), space.cost(choice), 50.0, 1.0, sum(map(list.__getitem__, truth, choice)))
+        for choice in itertools.product(*(range(len(decision.options)) for decision in space.decisions))
+    ]
+    assert len(measured) == 9
+    assert _factors(space, alone, measured) == pytest.approx((0.5, 3.0))
+    assert _factors(space, alone, measured[:1]) == (1.0, 1.0)
 
 
 def test_swaps_report_scores_on_all_scoring_images() -> None:

@@ -140,8 +140,7 @@ def _search(plan: dict[str, Any]) -> list[str]:
     widths = config["quantization"]["candidates"]
     text = f"{plan['searcher']}, {counted(plan['decisions'], 'decision')}, candidates {', '.join(map(str, widths))}"
     inputs = config["quantization"]["activation_candidates"]
-    if inputs is not None:
-        text += f", input candidates {', '.join(map(str, inputs))}"
+    text += f", inputs {inputs if isinstance(inputs, str) else ', '.join(map(str, inputs))}"
     if config["search"]["epochs"] is not None:
         text += f", {counted(config['search']['epochs'], 'epoch')}"
     if config["search"]["pareto"]:

@@ -6,9 +6,10 @@ is worse than the same bits everywhere. Here sums only propose, and the network 
     starts    the same bits everywhere, with weights and inputs at widths of their own; the optima of two knapsacks
               (``fisher``, ``error``)
     fit       one factor for all weights and one for all inputs, with which the sums of ``fisher`` come nearest to
-              what was measured of the uniform configurations; the optimum of these sums is one more start
+              what was measured of the uniform configurations; the optimum of these sums is one more start, as is the
+              one among configurations whose layers have one width for both
     fill      what the best start and the best uniform configuration leave of the budget is spent
-    swaps     one layer's weights or inputs get a bit more and another's a bit less, or what the budget still allows;
+    swaps     one layer's weights, inputs or both get a bit more and another's a bit less, or what the budget allows;
               tried in the order of the predicted gain, kept if the divergence from the float network falls
 
 Every configuration is measured at the starting point of fine-tuning, with its corrections (``Scorer``). The result is
@@ -33,6 +34,7 @@ from saqcli.searchers.supernet import Scorer, closeness, score_all
 from saqcli.training.options import check_count
 
 FACTORS = 0.1, 10.0  # least and greatest factor of the divergences of weights, and of inputs
+STEPS = (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1), (-1, -1)  # in widths of weights and of inputs
 Choice = tuple[int, ...]
 Move = tuple[float, int, int]  # change of the predicted loss, decision, its new option
 
@@ -71,10 +73,11 @@ class Swaps:
         best = score_all(problem, scorer, starts, known)
         uniforms = [scorer(choice) for choice in untied_uniforms(space, budget)]
         losses = add_divergences(space, alone, *_factors(space, alone, uniforms))
-        starts = [best.choice, tuple(best_choice(space, budget, losses))]
-        best = score_all(problem, scorer, list(dict.fromkeys(starts)), known)
+        fitted = [tuple(best_choice(space, budget, each)) for each in (losses, _tied(space, losses))]
+        best = score_all(problem, scorer, list(dict.fromkeys([best.choice, *fitted])), known)
         uniform = min(uniforms, key=closeness, default=best)
         filled = [_filled(space, budget, start.choice, losses) for start in (best, uniform)]
+        filled.append(_filled(space, budget, uniform.choice, _tied(space, losses)))
         best = score_all(problem, scorer, [best.choice, *dict.fromkeys(filled)], known)
         if not budget.admits(space.ceiling):
             best = self._descend(problem, scorer, best, losses, known)
@@ -156,6 +159,17 @@ def _factors(
     return float(weight), float(activation)
 
 
+def _tied(space: SearchSpace, losses: Losses) -> Losses:
+    """``losses``, infinite where weights and inputs differ; of a decision without an equal pair as they are."""
+    found: Losses = []
+    for decision, row in zip(space.decisions, losses, strict=True):
+        equal = [bits.weight == bits.activation for bits in decision.options]
+        found.append(
+            [loss if same or not any(equal) else math.inf for loss, same in zip(row, equal, strict=True)]
+        )
+    return found
+
+
 def _total(losses: Losses, choice: Sequence[int]) -> float:
     """The sum of the losses of ``choice``."""
     return sum(row[option] for row, option in zip(losses, choice, strict=True))
@@ -214,17 +228,13 @@ def _moves(space: SearchSpace, choice: Sequence[int], losses: Losses) -> list[Mo
 
 
 def _neighbours(options: Sequence[LayerBits], here: LayerBits) -> list[int]:
-    """The options next to ``here``: more or fewer bits of one operand, of both where they are tied."""
-    tied = all(bits.weight == bits.activation for bits in options)
+    """The options next to ``here``: more or fewer bits of one operand, or of both."""
+    places = [(bits.weight or 0, bits.activation or 0) for bits in options]
+    at = {place: index for index, place in enumerate(places)}
+    widths = [sorted(set(of)) for of in zip(*places, strict=True)]
+    row, column = widths[0].index(here.weight or 0), widths[1].index(here.activation or 0)
     found: list[int] = []
-    for of, other in (("weight", "activation"), ("activation", "weight")):
-        same = [
-            (getattr(bits, of) or 0, index)
-            for index, bits in enumerate(options)
-            if tied or getattr(bits, other) == getattr(here, other)
-        ]
-        mine = getattr(here, of) or 0
-        above = [pair for pair in same if pair[0] > mine]
-        below = [pair for pair in same if pair[0] < mine]
-        found += [pair[1] for pair in (min(above, default=None), max(below, default=None)) if pair]
-    return list(dict.fromkeys(found))
+    for up, right in STEPS:
+        if 0 <= row + up < len(widths[0]) and 0 <= column + right < len(widths[1]):
+            found.append(at.get((widths[0][row + up], widths[1][column + right]), -1))
+    return [index for index in found if index >= 0]

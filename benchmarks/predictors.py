@@ -29,7 +29,7 @@ from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Losses, relative_noise
 from saqcli.searchers.supernet import Scorer
-from saqcli.searchers.swaps import untied_uniforms
+from saqcli.searchers.uniforms import untied_uniforms
 
 # Higher is worse in all of them.
 SUMS = ("error", "fisher", "hawq", "sensitivity")

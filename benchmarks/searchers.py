@@ -37,7 +37,7 @@ from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
 from saqcli.quant.calibration import InputStatistics
-from saqcli.searchers.swaps import untied_uniforms
+from saqcli.searchers.uniforms import untied_uniforms
 from saqcli.serialization import make_folder, write_text
 from saqcli.tasks.classification import Meter
 from saqcli.training.loop import NO_MEMORY, score, train_epoch

@@ -61,8 +61,9 @@ def variations() -> str:
 def searches() -> str:
     """Top-1 after calibration alone at every searcher's policy, from ``searchers.py --epochs 0``."""
     rows = [
-        "| network, budget | MBOPs | uniform | best untied uniform | error | fisher | swaps | seconds of these three |",
-        "|--|--|--|--|--|--|--|--|",
+        "| network, budget | MBOPs | uniform | best untied uniform | error | fisher | swaps, tied | swaps | "
+        "seconds of error, fisher, swaps |",
+        "|--|--|--|--|--|--|--|--|--|",
     ]
     lines = read(FOLDER / "results" / "searches.jsonl")
     for members in _groups(lines, "model", "budget"):
@@ -70,10 +71,13 @@ def searches() -> str:
         untied = [line for line in members if line["name"].startswith("untied")]
         best = max(untied, key=lambda line: line["calibrated"])
         highest = max(line["calibrated"] for line in members)
-        cells = [
-            f"**{line['calibrated']:.2f}**" if line["calibrated"] == highest else f"{line['calibrated']:.2f}"
-            for line in (found["uniform"], best, *(found[name] for name in SEARCHED))
-        ]
+        shown = (
+            found["uniform"],
+            best,
+            *(found.get(name) for name in ("error", "fisher", "swaps tied", "swaps")),
+        )
+        texts = ["" if line is None else f"{line['calibrated']:.2f}" for line in shown]
+        cells = [f"**{text}**" if text == f"{highest:.2f}" else text for text in texts]
         cells[1] += f" ({best['name'].removeprefix('untied ')})"
         seconds = ", ".join(f"{found[name]['cpu_seconds']:.0f}" for name in SEARCHED)
         first = members[0]

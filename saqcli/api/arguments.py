@@ -57,7 +57,7 @@ def scheme_of(
 
 def widths_of(
     candidates: Iterable[int],
-    activation_candidates: Iterable[int] | Literal["same", "tied"] = "tied",
+    activation_candidates: Iterable[int] | Literal["same", "tied"] | None = "tied",
     target: Target | None = None,
 ) -> Candidates:
     """The bit-widths that a layer may have; of those for both, a target with other widths of inputs unties these.
@@ -66,8 +66,9 @@ def widths_of(
         ConfigError: none, or other than whole numbers from 2 to 8, or none that the target runs.
     """
     weights = _widths("candidates", candidates)
-    tied, same = (activation_candidates == word for word in ("tied", "same"))
-    inputs = weights if tied or same else _widths("activation_candidates", activation_candidates)
+    given = "tied" if activation_candidates is None else activation_candidates
+    tied = given == "tied"
+    inputs = weights if given in ("same", "tied") else _widths("activation_candidates", given)
     if target is not None:
         weights, inputs = target.candidates(weights, "weights"), target.candidates(inputs, "inputs")
     return Candidates(weights, None if tied and weights == inputs else inputs)

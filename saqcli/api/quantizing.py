@@ -96,8 +96,8 @@ def quantize_model(
             or a ``Budget``.
         max_drop: budget of accuracy: most points of top-1 that may be lost, measured calibrated on every second of the
             labelled samples of ``calibration``; alone for the fewest bit-operations, or together with ``budget``. If it
-            cannot be met, the most accurate configuration is used, with an ``AccuracyWarning`` that says by how much;
-            ``accuracy`` of what ``saqcli.search`` returns has the numbers.
+            cannot be met, the most accurate configuration is used, and a ``saqcli.errors.AccuracyWarning`` says by how
+            much; ``accuracy`` of what ``saqcli.search`` returns has the numbers.
         min_top1: the same as the least top-1 in percent.
         calibration: any iterable of batches: tensors, tuples or dictionaries, with or without labels; see
             ``saqcli.api.batches``. Without it, levels are fitted to ``example`` alone.

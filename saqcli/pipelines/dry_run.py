@@ -26,7 +26,7 @@ from saqcli.progress import SILENT, Progress
 from saqcli.runs.directory import RunDirectory
 from saqcli.runs.resume import check_same_settings, should_resume
 from saqcli.searchers.accuracy import ladder, most_measured
-from saqcli.searchers.baselines import largest_uniform
+from saqcli.searchers.uniforms import largest_uniform
 from saqcli.serialization import check_can_write
 from saqcli.training.preflight import check_trains
 

@@ -29,7 +29,7 @@ from saqcli.quant.bits import BitConfig
 from saqcli.quant.convert import Scheme
 from saqcli.quant.search_space import search_space
 from saqcli.runs.directory import RunDirectory
-from saqcli.searchers.baselines import largest_uniform
+from saqcli.searchers.uniforms import largest_uniform
 from saqcli.serialization import parse_object
 from saqcli.target import PAPER, TARGETS, Target, target_of
 

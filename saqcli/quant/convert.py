@@ -436,7 +436,9 @@ def _install_followers(
 
 def apply(model: nn.Module, config: BitConfig) -> None:
     """Set the active bits of every quantizer."""
-    fewest: dict[Any, int] = {}  # significant bits that the layers which share a quantizer allot to its step
+    fewest: dict[
+        Quantizer, int
+    ] = {}  # significant bits that the layers which share a quantizer allot to its step
     for name, layer in quantized_layers(model).items():
         set_bits(layer, config.layers[name])
         quantizer = layer.input_quantizer

@@ -51,8 +51,8 @@ class SearchScores(BaseModel):
                 if str(bits) not in measured:
                     raise ConfigError(
                         f"the search of {source} did not measure layer {decision.name} at {bits}, it has "
-                        f"{', '.join(measured) or 'nothing of it'}: use its `quantization.candidates` and pins, or "
-                        "search again"
+                        f"{', '.join(measured) or 'nothing of it'}: use its `quantization.candidates`, "
+                        "`quantization.activation_candidates` and pins, or search again"
                     )
         return [
             [self.losses[decision.name][str(bits)] for bits in decision.options]

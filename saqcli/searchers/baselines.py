@@ -12,13 +12,12 @@ a learned search must beat it.
 
 import torch
 
-from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
-from saqcli.quant.search_space import SearchSpace
 from saqcli.searchers.knapsack import FRONT_DRAWS, Sampler, best_choice
 from saqcli.searchers.problem import SearchProblem, SearchResult
 from saqcli.searchers.separable import relative_noise
 from saqcli.searchers.supernet import Scorer, score_all
+from saqcli.searchers.uniforms import largest_uniform
 from saqcli.training.options import check_count
 
 
@@ -32,17 +31,6 @@ class Uniform:
             largest_uniform(problem.space, problem.budget),
             lambda budget: [largest_uniform(problem.space, budget)],
         )
-
-
-def largest_uniform(space: SearchSpace, budget: Budget) -> list[int]:
-    """The uniform choice with the most bits within ``budget``; the cheapest choice if there is none."""
-    options = [bits for decision in space.decisions for bits in decision.options]
-    widths = {width for bits in options for width in (bits.weight, bits.activation)}
-    for width in sorted(filter(None, widths), reverse=True):
-        choice = space.nearest(LayerBits(weight=width, activation=width))
-        if budget.admits(space.cost(choice)):
-            return choice
-    return [0] * len(space.decisions)
 
 
 class ErrorKnapsack:

@@ -11,8 +11,8 @@ tr H_l = E <z_l, (H z)_l>, since the blocks between two tensors average to zero.
 the knapsack is solved exactly.
 
 Source: HAWQ-V2 (Dong et al., arXiv:1911.03852), sections 3.2 and 3.3. Differs from the paper: weights and inputs are in
-one sum, so both decide tied bits; and an integer program replaces the Pareto frontier, as in HAWQ-V3
-(arXiv:2011.10680).
+one sum, so both decide one width where they are tied; and an integer program replaces the Pareto frontier, as in
+HAWQ-V3 (arXiv:2011.10680).
 """
 
 from collections.abc import Iterator

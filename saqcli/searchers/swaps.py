@@ -8,7 +8,8 @@ is worse than the same bits everywhere. Here sums only propose, and the network 
     fit       one factor for all weights and one for all inputs, with which the sums of ``fisher`` come nearest to
               what was measured of the uniform configurations; the optimum of these sums is one more start, as is the
               one among configurations whose layers have one width for both
-    fill      what the best start and the best uniform configuration leave of the budget is spent
+    fill      what the best start and the best uniform configuration leave of the budget is spent; of the same bits
+              everywhere in steps of both operands
     swaps     one layer's weights, inputs or both get a bit more and another's a bit less, or what the budget allows;
               tried in the order of the predicted gain, kept if the divergence from the float network falls
 
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from scipy.optimize import lsq_linear
 
 from saqcli.quant.bits import LayerBits
@@ -31,6 +33,7 @@ from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import Batch, Scored, SearchProblem, SearchResult
 from saqcli.searchers.separable import Losses, relative_noise
 from saqcli.searchers.supernet import Scorer, closeness, score_all
+from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
 from saqcli.training.options import check_count
 
 FACTORS = 0.1, 10.0  # least and greatest factor of the divergences of weights, and of inputs
@@ -64,22 +67,25 @@ class Swaps:
         space, budget = problem.space, problem.budget
         space.check_reachable(budget)
         kept = problem.memory.load() or {}
-        alone: dict[str, float] = kept.get("divergences") or divergences(problem, self.images)
+        alone: dict[str, float] = (
+            kept["divergences"] if "divergences" in kept else divergences(problem, self.images)
+        )
         known, losses = {"divergences": alone}, add_divergences(space, alone)
         starts = _starts(space, budget, losses, relative_noise(problem))
         report = Scorer(problem)  # on all scoring images
         problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
         scorer = Scorer(problem, report.at)
         best = score_all(problem, scorer, starts, known)
-        uniforms = [scorer(choice) for choice in untied_uniforms(space, budget)]
-        losses = add_divergences(space, alone, *_factors(space, alone, uniforms))
-        fitted = [tuple(best_choice(space, budget, each)) for each in (losses, _tied(space, losses))]
-        best = score_all(problem, scorer, list(dict.fromkeys([best.choice, *fitted])), known)
-        uniform = min(uniforms, key=closeness, default=best)
-        filled = [_filled(space, budget, start.choice, losses) for start in (best, uniform)]
-        filled.append(_filled(space, budget, uniform.choice, _tied(space, losses)))
-        best = score_all(problem, scorer, [best.choice, *dict.fromkeys(filled)], known)
         if not budget.admits(space.ceiling):
+            uniforms = [scorer(choice) for choice in untied_uniforms(space, budget)]
+            losses = add_divergences(space, alone, *_factors(space, alone, uniforms))
+            tied = _tied(space, losses)
+            fitted = [tuple(best_choice(space, budget, each)) for each in (losses, tied)]
+            best = score_all(problem, scorer, list(dict.fromkeys([best.choice, *fitted])), known)
+            uniform = min(uniforms, key=closeness, default=best)
+            filled = [_filled(space, budget, start.choice, losses) for start in (best, uniform)]
+            filled.append(_filled(space, budget, tuple(largest_uniform(space, budget)), tied))
+            best = score_all(problem, scorer, list(dict.fromkeys([best.choice, *filled])), known)
             best = self._descend(problem, scorer, best, losses, known)
         choice = list(best.choice)
 
@@ -125,35 +131,18 @@ class Swaps:
         return best
 
 
-def untied_uniforms(space: SearchSpace, budget: Budget) -> list[list[int]]:
-    """The same widths everywhere, one for weights and one for inputs, within the budget; none that another exceeds."""
-    options = [bits for decision in space.decisions for bits in decision.options]
-    weights, inputs = ({getattr(bits, of) for bits in options} - {None} for of in ("weight", "activation"))
-    pairs = {
-        (w, a): choice
-        for w in weights
-        for a in inputs
-        if budget.admits(space.cost(choice := space.nearest(LayerBits(weight=w, activation=a))))
-    }
-    widest = [
-        pair
-        for pair in pairs
-        if not any(other != pair and other[0] >= pair[0] and other[1] >= pair[1] for other in pairs)
-    ]
-    return [pairs[pair] for pair in sorted(widest)]
-
-
 def _factors(
     space: SearchSpace, alone: Mapping[str, float], measured: Sequence[Scored]
 ) -> tuple[float, float]:
     """Of weights and of inputs: the sums of divergences come nearest, relatively, to the measured ones."""
     of_weights, of_inputs = add_divergences(space, alone, 1, 0), add_divergences(space, alone, 0, 1)
     rows = [
-        (_total(of_weights, one.choice) / one.divergence, _total(of_inputs, one.choice) / one.divergence)
+        [_total(losses, one.choice) / one.divergence for losses in (of_weights, of_inputs)]
         for one in measured
-        if 0 < one.divergence < math.inf
+        if one.divergence > 0
     ]
-    if len(rows) < 2:
+    rows = [row for row in rows if np.isfinite(row).all()]
+    if np.linalg.matrix_rank(np.array(rows).reshape(-1, 2)) < 2:  # as where operands are tied
         return 1.0, 1.0
     weight, activation = lsq_linear(rows, [1.0] * len(rows), FACTORS).x
     return float(weight), float(activation)
@@ -233,8 +222,9 @@ def _neighbours(options: Sequence[LayerBits], here: LayerBits) -> list[int]:
     at = {place: index for index, place in enumerate(places)}
     widths = [sorted(set(of)) for of in zip(*places, strict=True)]
     row, column = widths[0].index(here.weight or 0), widths[1].index(here.activation or 0)
-    found: list[int] = []
-    for up, right in STEPS:
-        if 0 <= row + up < len(widths[0]) and 0 <= column + right < len(widths[1]):
-            found.append(at.get((widths[0][row + up], widths[1][column + right]), -1))
-    return [index for index in found if index >= 0]
+    return [
+        at[place]
+        for up, right in STEPS
+        if 0 <= row + up < len(widths[0]) and 0 <= column + right < len(widths[1])
+        if (place := (widths[0][row + up], widths[1][column + right])) in at
+    ]

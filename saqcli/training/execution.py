@@ -257,7 +257,7 @@ def choose(
     elif training.compile == "auto" and steps * seconds(found) * GAIN > 2 * cost:
         note(_compiling(cost))
         found = seconds.faster(compiled, found)
-    if found != Execution():
+    if found != plain:
         note(
             f"training runs {found}: forward and backward passes take {seconds(found):.2g} s a step instead of "
             f"{seconds(plain):.2g} s"

@@ -178,7 +178,7 @@ class Verdict:
             return None
         ways = "choose `style=exact`"
         if self.inexact is None:
-            ways += ", or quantize again with `quantization.short_steps=5`, where `style=qdq` equals PyTorch"
+            ways += ", or quantize again with `quantization.short_steps=5`, with which `style=qdq` can equal PyTorch"
         return (
             "every layer is right given the same codes, but codes that rounding moves change many others: "
             + ways

@@ -1,6 +1,7 @@
 """Predicted divergences, against exact ones in float64; and swaps, against every uniform configuration."""
 
 import itertools
+import math
 from contextlib import suppress
 from dataclasses import replace
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from saqcli.errors import Interrupted
+from saqcli.quant.cost import Budget
 from saqcli.quant.grid import fake_quantize
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers
-from saqcli.quant.search_space import Candidates
+from saqcli.quant.search_space import Candidates, search_space
 from saqcli.searchers import Scorer, closeness
 from saqcli.searchers.divergences import _inputs, _movements, _weight_errors, add_divergences, divergences
 from saqcli.searchers.problem import Scored, SearchProblem
 from saqcli.searchers.separable import Key, relative_noise
-from saqcli.searchers.swaps import Swaps, _factors, _starts, untied_uniforms
+from saqcli.searchers.swaps import Swaps, _factors, _filled, _starts, _tied
+from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
 from tests.support.searching import Stopping, fresh, random_problem, tiny_problem
 
 
@@ -126,6 +129,31 @@ def test_factors_of_operands_are_found_again() -> None:
     assert len(measured) == 9
     assert _factors(space, alone, measured) == pytest.approx((0.5, 3.0))
     assert _factors(space, alone, measured[:1]) == (1.0, 1.0)
+
+
+def test_factors_are_one_where_operands_are_tied() -> None:
+    """Equal configurations and infinite divergences tell the two apart in no way."""
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 4)))
+    space, alone = problem.space, divergences(fresh(problem), 4)
+    measured = [Scored((0,), space.cost([0]), 50.0, 1.0, divergence) for divergence in (0.2, 0.3, math.inf)]
+    assert _factors(space, alone, measured) == (1.0, 1.0)
+    assert _factors(space, dict.fromkeys(alone, math.nan), measured) == (1.0, 1.0)
+
+
+def test_same_width_is_filled_up_in_steps_of_both_operands() -> None:
+    problem = random_problem(3)
+    space = search_space("net", problem.space.costs, Candidates((2, 3, 4), (2, 3, 4)))
+    losses = [
+        [-float((bits.weight or 0) + (bits.activation or 0)) for bits in d.options] for d in space.decisions
+    ]
+    budget = Budget(bops=(space.floor.bops + space.ceiling.bops) // 2)
+    start = tuple(largest_uniform(space, budget))
+    found = _filled(space, budget, start, _tied(space, losses))
+    assert found != start
+    for decision, before, after in zip(space.decisions, start, found, strict=True):
+        bits = decision.options[after]
+        assert bits.weight == bits.activation
+        assert (bits.weight or 0) >= (decision.options[before].weight or 0)
 
 
 def test_swaps_report_scores_on_all_scoring_images() -> None:

@@ -140,7 +140,8 @@ def _search(plan: dict[str, Any]) -> list[str]:
     widths = config["quantization"]["candidates"]
     text = f"{plan['searcher']}, {counted(plan['decisions'], 'decision')}, candidates {', '.join(map(str, widths))}"
     inputs = config["quantization"]["activation_candidates"]
-    text += f", inputs {inputs if isinstance(inputs, str) else ', '.join(map(str, inputs))}"
+    words = {"same": "the same, chosen apart", "tied": "tied to weights"}
+    text += f", inputs {words[inputs] if isinstance(inputs, str) else ', '.join(map(str, inputs))}"
     if config["search"]["epochs"] is not None:
         text += f", {counted(config['search']['epochs'], 'epoch')}"
     if config["search"]["pareto"]:

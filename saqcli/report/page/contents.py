@@ -224,9 +224,10 @@ def read_run(path: Path) -> Contents:
     whole = manifest.verb == "quantize"
     search = _optional(run.search_path, SearchResults)
     analyzed = read_analysis(path / ANALYSIS)
-    outdated = analyzed is not None and analyzed.subject.file_sha256 not in (
-        None,  # of an earlier version
-        manifest.artifacts.get(run.safetensors_path.relative_to(path).as_posix()),
+    now = manifest.artifacts.get(run.safetensors_path.relative_to(path).as_posix())
+    # None in files of earlier versions
+    outdated = (
+        analyzed is not None and None not in (then := analyzed.subject.file_sha256, now) and then != now
     )
     return Contents(
         path=path,

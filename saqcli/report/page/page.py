@@ -50,7 +50,11 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
         report = _read(folders)
         text = report.html()
         # that of a quantization is part of the run
-        own = out is None and report.run is not None and report.run.quantized is not None
+        own = (
+            path.resolve() == (folders[0] / NAME).resolve()
+            and report.run is not None
+            and report.run.quantized is not None
+        )
         plain = None if own else report.markdown()
     make_folder(path.parent)
     if plain is not None:
@@ -156,30 +160,6 @@ def page_after_analysis(source: Path, out: Path) -> Path:
         except RunDirectoryError:
             pass
     return out
-
-
-@contextmanager
-def adding_to_run(path: Path, verdict: Path, progress: Progress) -> Iterator[None]:
-    """Within the context, a file and its verdict are written, perhaps among the artifacts of a finished run.
-
-    That run is locked, its manifest gets the hashes of both, and its page, if it has one, shows them.
-
-    Raises:
-        RunDirectoryError: another process is using the run.
-        CannotWrite: the folder of ``path`` cannot be created.
-    """
-    folder = path.resolve().parent
-    run = None
-    if folder.name == "artifacts" and (folder.parent / "manifest.json").is_file():
-        run = RunDirectory.open(folder.parent)
-    if run is None or run.manifest().status != "finished":
-        make_folder(path.parent)
-        yield
-        return
-    with run.adding(path, verdict):
-        yield
-    if run.page_path.is_file():
-        try_page(path.parent.parent, progress)
 
 
 def _check_replaceable(path: Path, mark: str) -> None:

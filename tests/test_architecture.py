@@ -54,7 +54,9 @@ MOST_FILES = 20  # in one folder
 # Plugins of a family do not import each other; these files are shared.
 FAMILIES = {
     "training/minimizers": {"base", "reference", "sharpness_aware"},
-    "searchers": {"problem", "knapsack", "separable", "divergences", "supernet", "controller", "mixture"},
+    "searchers": {
+        *("problem", "knapsack", "separable", "divergences", "supernet", "controller", "mixture", "uniforms"),
+    },
     "analysis": {"base"},
     "export": {
         *("model_metadata", "onnx_helpers", "operators", "style", "tracing", "containers", "integer_kernels"),

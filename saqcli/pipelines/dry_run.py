@@ -36,7 +36,7 @@ WRITTEN = {
         manifest.json config.json policy.json network.json answers.json metrics.jsonl report.md report.html
         checkpoints/last.ckpt artifacts/model.safetensors
     """.split(),
-    "search": "manifest.json config.json policy.json search.json policy.png policy.svg report.html".split(),
+    "search": "manifest.json config.json policy.json search.json policy.png policy.svg report.md report.html".split(),
 }
 SEARCHED = ("search.json", "policy.png", "policy.svg")  # also written by a quantization under a budget
 FRONT = ("pareto.json", "pareto.csv", "pareto.png", "pareto.svg")

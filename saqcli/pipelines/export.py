@@ -17,11 +17,11 @@ from saqcli.export.restore import restore
 from saqcli.export.tracing import OPSET
 from saqcli.models.load import OwnNetwork, Preprocessing
 from saqcli.models.own import check_named
-from saqcli.pipelines.artifacts import adding_to_run
 from saqcli.pipelines.bits import check_deployment, style_for
 from saqcli.pipelines.checks import check_images, check_styles
 from saqcli.pipelines.setup import open_run_images, open_trained, saved_model
 from saqcli.progress import Progress
+from saqcli.report.artifacts import adding_to_run
 from saqcli.report.run_report import QuantizeResult
 from saqcli.runs.directory import RunDirectory
 from saqcli.verify.proof import check_runtime

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import read
+from scipy.stats import spearmanr
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "reproduction.md"
@@ -122,12 +123,31 @@ def methods() -> str:
     return "\n".join(rows)
 
 
+def predictors() -> str:
+    """How scores of configurations rank their accuracy, from ``predictors.py``."""
+    lines = [line for line in read(FOLDER / "results" / "predictors.jsonl") if line["kind"] == "random"]
+    rows = [
+        f"| score; {len(lines)} configurations | top-1, calibrated | top-1, fine-tuned | loss, fine-tuned |",
+        "|--|--|--|--|",
+    ]
+    for name in ("error", "fisher", "hawq", "sensitivity", "divergence", "held-out loss", "held-out top-1"):
+        sign = -1 if name == "held-out top-1" else 1
+        values = [sign * line[name] for line in lines]
+        found = [
+            spearmanr(values, [better * line[of] for line in lines]).statistic
+            for of, better in (("calibrated", -1), ("top1", -1), ("loss", 1))
+        ]
+        rows.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in found)} |")
+    return "\n".join(rows)
+
+
 SEARCHED = ("error", "fisher", "swaps")
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "variations": variations,
     "searches": searches,
     "methods": methods,
+    "predictors": predictors,
 }
 
 

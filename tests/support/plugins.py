@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,9 @@ Done = subprocess.CompletedProcess[str]
 def plugin_folder(package: str) -> Path:
     """The folder into which the package ``tests/plugins/PACKAGE`` is installed; skips without pip and setuptools."""
     for needed in ("pip", "setuptools"):
-        if find_spec(needed) is None:
+        try:
+            version(needed)  # looking for the module itself makes setuptools warn where distutils is imported
+        except PackageNotFoundError:
             pytest.skip(f"needs {needed} to install {package}: pip install 'saq[test]'")
     folder = Path(tempfile.mkdtemp(prefix=f"{package}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

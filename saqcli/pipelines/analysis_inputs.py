@@ -69,7 +69,7 @@ class OpenedModel:
         metadata: the model's metadata.
         subject: model, images and layers for the instruments.
         sha256: hash of all tensors of the model.
-        file_sha256: of the file that it was read from; None of a float model.
+        file: that it was read from; None of a float model.
         images_sha256: hash of the images, their labels and batch sizes.
         score: loss and accuracy of the model on these images.
     """
@@ -78,7 +78,7 @@ class OpenedModel:
     metadata: ModelMetadata
     subject: AnalysisInput
     sha256: str
-    file_sha256: str | None
+    file: Path | None
     images_sha256: str
     score: Score
 
@@ -174,7 +174,7 @@ def open_input(
         metadata,
         subject,
         sha256=_hash_model(model),
-        file_sha256=None if path is None else _hash_file(path),
+        file=path,
         images_sha256=_hash_images(batches),
         score=score,
     )
@@ -247,11 +247,6 @@ def _images(
 def _hash_model(model: nn.Module) -> str:
     tensors = sorted(model.state_dict().items())
     return _hash(part for name, value in tensors for part in (name.encode(), value))
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash_images(batches: Iterable[tuple[Tensor, Tensor]]) -> str:

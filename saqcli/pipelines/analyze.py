@@ -24,6 +24,7 @@ from saqcli.analysis import INSTRUMENTS, Reading, Session, Settings, measure
 from saqcli.api.sources import QUANTIZED, find_source, named_file
 from saqcli.config import ModelSection
 from saqcli.errors import CannotWrite, ConfigError, Interrupted, Problems, RunDirectoryError
+from saqcli.models.weights import sha256_of
 from saqcli.pipelines.analysis_inputs import ImageSelection, OpenedModel, check_source, open_input
 from saqcli.pipelines.checks import check_device, check_images
 from saqcli.process_group import pick_device
@@ -57,7 +58,7 @@ def subject_metadata(opened: OpenedModel, selection: ImageSelection) -> SubjectM
         target=opened.source,
         model=opened.metadata.policy.model,
         sha256=opened.sha256,
-        file_sha256=opened.file_sha256,
+        file_sha256=None if opened.file is None else sha256_of(opened.file),
         latent_weights=opened.subject.latent,
         split=selection.split_name,
         images=opened.score.images,

@@ -436,9 +436,7 @@ def _install_followers(
 
 def apply(model: nn.Module, config: BitConfig) -> None:
     """Set the active bits of every quantizer."""
-    fewest: dict[
-        Quantizer, int
-    ] = {}  # significant bits that the layers which share a quantizer allot to its step
+    fewest: dict[Quantizer, int] = {}  # significant bits of its step, of all layers that share a quantizer
     for name, layer in quantized_layers(model).items():
         set_bits(layer, config.layers[name])
         quantizer = layer.input_quantizer

@@ -5,6 +5,7 @@ A checkpoint keeps the results during the run; ``report.md`` summarizes them in 
 
 import math
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,13 +286,13 @@ def report_markdown(config: RunConfig, results: dict[str, Any]) -> str:
         )
     return f"""# {results["model"]}, quantized
 
-{_markdown_table(["", *names], rows)}
+{markdown_table(["", *names], rows)}
 {note}
 {on} BOPs are reduced {results["bops_reduction"]:.1f} times.
 {_target(config)}{accuracy}
 ## Stages
 
-{_markdown_table(*stages_table(results, seconds=False))}
+{markdown_table(*stages_table(results, seconds=False))}
 
 {_onnx_summary(results)}
 
@@ -316,8 +317,12 @@ def _target(config: RunConfig) -> str:
     return f"\nTarget {target.name}, files of style {styles}{also}.\n"
 
 
-def _markdown_table(names: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (names, ["--"] * len(names), *rows))
+def markdown_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; bars within cells are escaped."""
+    lines = (names, ["--"] * len(names), *rows)
+    return "\n".join(
+        f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
 
 
 def stages_table(results: dict[str, Any], *, seconds: bool = True) -> tuple[list[str], list[list[str]]]:
@@ -335,15 +340,16 @@ def stages_table(results: dict[str, Any], *, seconds: bool = True) -> tuple[list
     for stage in results["stages"]:
         row = [stage["stage"]]
         if has_labels(results):
-            row.append(_percent(stage["top1"]))
-        row.append(_percent(stage["agreement"]))
+            row.append(percent(stage["top1"]))
+        row.append(percent(stage["agreement"]))
         if seconds:
             row.append("" if stage["seconds"] is None else format_duration(stage["seconds"]))
         rows.append(row)
     return [*names, *(["time"] if seconds else [])], rows
 
 
-def _percent(figure: float | None) -> str:
+def percent(figure: float | None) -> str:
+    """With two digits; empty where it is unknown."""
     return "" if figure is None else f"{figure:.2f} %"
 
 
@@ -360,14 +366,14 @@ def results_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     """
     states = quantized_states(results)
     exported = 2 + [taken for _, taken in states.values()].index(True)
-    figures = [_percent(figure) for figure, _ in states.values()]
+    figures = [percent(figure) for figure, _ in states.values()]
     pairs = [
         ("BOPs", format_quantity(results["float_bops"]), format_quantity(results["bops"])),
         ("size", *(format_quantity(results[f"{key}size_bytes"], "B") for key in ("float_", ""))),
     ]
     if has_labels(results):
-        rows = [["top-1", _percent(results["float_top1"]), *figures]]
-        pairs.insert(0, ("top-5", _percent(results["float_top5"]), _percent(results["top5"])))
+        rows = [["top-1", percent(results["float_top1"]), *figures]]
+        pairs.insert(0, ("top-5", percent(results["float_top5"]), percent(results["top5"])))
     else:
         rows = [["agrees with float", "", *figures]]
     for title, before, after in pairs:

@@ -1,12 +1,11 @@
 """The Markdown twins of pages: the same figures without pictures, for a review or a chat."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from saqcli._version import __version__
 from saqcli.report.page.contents import Contents
 from saqcli.report.page.head import points
-from saqcli.report.run_report import report_markdown
+from saqcli.report.run_report import markdown_table, percent, report_markdown
 from saqcli.units import format_duration, format_quantity
 
 MARK = "<!-- saq "  # of our files, which a new one may replace
@@ -36,11 +35,11 @@ def of_run(run: Contents, values: dict[str, Any]) -> str:
 
 {values["headline"]}
 
-{table(["", "", ""], tiles)}
+{markdown_table(["", "", ""], tiles)}
 
 {notes}## Bits
 
-{table(["layer", "weights", "inputs", "BOPs share"], layers)}
+{markdown_table(["layer", "weights", "inputs", "BOPs share"], layers)}
 
 For `saq quantize`, the bits are in `{run.path}/policy.json`.
 """
@@ -53,7 +52,7 @@ def of_analysis(values: dict[str, Any]) -> str:
     for model in analysis["models"]:
         if len(analysis["models"]) > 1:
             parts.append(f"## {model['name']}")
-        parts.append(table(["", "", ""], model["facts"]))
+        parts.append(markdown_table(["", "", ""], model["facts"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,9 +62,9 @@ def of_several(values: dict[str, Any]) -> str:
     runs = [
         [
             f"**{row['name']}**" if row is best else row["name"],
-            _percent(row["top1"]),
+            percent(row["top1"]),
             "" if row["change"] is None else points(row["change"]),
-            _percent(row["agreement"]),
+            percent(row["agreement"]),
             format_quantity(row["bops"]),
             format_quantity(row["size"], "B"),
             "" if row["seconds"] is None else format_duration(row["seconds"]),
@@ -74,23 +73,11 @@ def of_several(values: dict[str, Any]) -> str:
         for row in values["rows"]
     ]
     heads = ["run", "top-1", "from float", "as float", "BOPs", "size", "time", "how"]
-    parts = [f"# {values['title']}, {values['count']} compared", table(heads, runs)]
+    parts = [f"# {values['title']}, {values['count']} compared", markdown_table(heads, runs)]
     if not values["same_images"]:
         parts.append("These runs were not scored on the same images: their accuracies do not compare.")
     if values["policies"]:
         rows = [[f"`{row['layer']}`", *row["bits"]] for row in values["policies"]]
-        parts += ["## Layers whose bits differ", table(["layer", *values["names"]], rows)]
+        parts += ["## Layers whose bits differ", markdown_table(["layer", *values["names"]], rows)]
         parts.append("w4a8: 4 bits for weights, 8 for inputs.")
     return "\n\n".join(parts) + "\n"
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; bars within cells are escaped."""
-    lines = [heads, ["--"] * len(heads), *rows]
-    return "\n".join(
-        f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} %"

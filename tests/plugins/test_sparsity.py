@@ -96,6 +96,7 @@ def test_saq_analyze_writes_compares_and_resumes(
     assert {path.name for path in out.iterdir()} == {
         "against",
         "report.html",
+        "report.md",
         *(f"sparsity.{s}" for s in ("json", "png", "svg")),
     }
     found = json.loads(again[1])

@@ -1,14 +1,18 @@
 """The divergence from the float network that the noise of one operand causes, from one backward pass.
 
-Let z be the logits of an image and p its class probabilities. Noise that moves z by d changes the Kullback-Leibler
-divergence from the float network by 1/2 d^T F d to second order, with F = diag(p) - p p^T. For a vector r of random
-signs, v = sqrt(p) * r - p (sqrt(p) . r) has E v v^T = F, so that with g = dz/dx^T v, from one backward pass,
+Let z be the logits of an image over a temperature of 4, and p their class probabilities. Noise that moves z by d changes
+the Kullback-Leibler divergence from the float network by 1/2 d^T F d to second order, with F = diag(p) - p p^T. For a
+vector r of random signs, v = sqrt(p) * r - p (sqrt(p) . r) has E v v^T = F, so that with g = dz/dx^T v, from one
+backward pass,
 
     loss of a width = 1/2 * mean over images of (g . (Q(x) - x))**2
 
 for the weights of a layer or for its input. The products keep the errors of a tensor together: errors that cancel in
-the sums of a layer cost nothing, unlike in HAWQ, which knows their mean square alone. Labels do
-not enter.
+the sums of a layer cost nothing, unlike in HAWQ, which knows their mean square alone. Labels do not enter.
+
+Probabilities are softened, as in distillation, since a network is certain of most images, the more so of those that it
+was trained on: at temperature 1 their F vanishes, and a few images decide, which noise of more than second order does
+not spare the others.
 
 Source: the Fisher information as a measure of sensitivity, as in BRECQ (Li et al., arXiv:2102.05426) and LIMPQ (Tang et
 al., arXiv:2203.08368); v is the sketch of the generalized Gauss-Newton matrix of Martens (arXiv:1412.1193), section 6.
@@ -28,6 +32,7 @@ from saqcli.quant.search_space import SearchSpace
 from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.separable import Key, Losses, add_losses, sums_over_batches, widths
 
+TEMPERATURE = 4.0  # of class probabilities
 Quantizer = tuple[Tensor, AnyGrid]  # clipping level, and the grid
 
 
@@ -113,7 +118,7 @@ def _movements(
     """v . d of an image for every operand at every width: how far its noise moves the logits along v."""
     ports = dict(zip(layers, zero_ports(layers.values()), strict=True))
     with perturbed(list(layers.values()), list(ports.values())), _input_taps(layers) as taps:
-        logits = problem.model(image.to(problem.device).requires_grad_(True)).float()
+        logits = problem.model(image.to(problem.device).requires_grad_(True)).float() / TEMPERATURE
         share = logits.detach().softmax(1)
         signs = (torch.randint(0, 2, share.shape, generator=generator) * 2 - 1).to(share)
         root = share.sqrt()

@@ -153,15 +153,19 @@ class CalibratedNetwork:
         self.problem = replace(problem, model=copy.deepcopy(problem.model))
         self._supernet: Supernet | None = None
         self._correct: Callable[[], None] = lambda: None
+        self._choice: tuple[int, ...] | None = None  # that the network is calibrated at
 
     def at(self, choice: Sequence[int]) -> nn.Module:
-        """The network, calibrated at the bits of ``choice``; the same object each time."""
+        """The network, calibrated at the bits of ``choice``; the same object each time, not to be changed."""
         if self._supernet is None:
             self._supernet = Supernet(self.problem)
             self._correct = self.problem.corrections(self.problem.model)
-        model = self._supernet.at(choice)
-        self._correct()
-        return model
+        if self._choice != tuple(choice):
+            self._choice = None  # until it is calibrated
+            self._supernet.select(choice)
+            self._correct()
+            self._choice = tuple(choice)
+        return self._supernet.model
 
 
 @torch.no_grad()

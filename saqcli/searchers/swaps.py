@@ -3,32 +3,29 @@
 Losses of single operands do not add up at few bits: the sum that a knapsack minimizes can prefer a configuration that
 is worse than the same bits everywhere. Here sums only propose, and the network itself decides:
 
-    starts    the same bits everywhere, with weights and inputs at widths of their own; the optima of two knapsacks
-              (``fisher``, ``error``)
-    fit       one factor for all weights and one for all inputs, with which the sums of ``fisher`` come nearest to
-              what was measured of the uniform configurations; the optimum of these sums is one more start, as is the
-              one among configurations whose layers have one width for both
-    fill      what the best start and the best uniform configuration leave of the budget is spent; of the same bits
-              everywhere in steps of both operands
-    swaps     one layer's weights, inputs or both get a bit more and another's a bit less, or what the budget allows;
-              tried in the order of the predicted gain, kept if the divergence from the float network falls
+    starts    the same bits everywhere, with weights and inputs at widths of their own or at one; the optima of two
+              knapsacks (``fisher``, ``error``)
+    fit       factors with which the sums of ``fisher`` come near all that was measured so far (``fit``)
+    propose   in turn: an optimum of the fitted sums, over all configurations or over those whose layers have one
+              width for both operands, or a start with what it leaves of the budget spent; and a swap of the best
+              configuration: one layer's weights, inputs or both get a bit more, another's a bit less
+    decide    what is nearer to the float network than the best, on some scoring images, is measured on all of them,
+              and is the new best if it is nearer there too
 
-Every configuration is measured at the starting point of fine-tuning, with its corrections (``Scorer``). The result is
-the nearest of all that were measured: never worse, on the scoring images, than the best uniform configuration.
+Every measurement is of the starting point of fine-tuning, with its corrections (``Scorer``), and is fitted before the
+next proposal: a proposal that fails corrects the sums that made it. The result is never worse, on all scoring images,
+than the best uniform configuration.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
-from scipy.optimize import lsq_linear
+from itertools import chain
 
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
 from saqcli.searchers.divergences import add_divergences, divergences
+from saqcli.searchers.fit import fitted, tied
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import Batch, Scored, SearchProblem, SearchResult
 from saqcli.searchers.separable import Losses, relative_noise
@@ -36,23 +33,23 @@ from saqcli.searchers.supernet import Scorer, closeness, score_all
 from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
 from saqcli.training.options import check_count
 
-FACTORS = 0.1, 10.0  # least and greatest factor of the divergences of weights, and of inputs
 STEPS = (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1), (-1, -1)  # in widths of weights and of inputs
 Choice = tuple[int, ...]
 Move = tuple[float, int, int]  # change of the predicted loss, decision, its new option
 
 
 class Swaps:
-    """Takes the configuration nearest to the float network, by measured swaps.
+    """Takes the configuration nearest to the float network, by measured proposals.
 
     Args:
-        images: number of scoring images that predict the gain of swaps; a backward pass for each.
-        scoring: number of scoring images that configurations are compared on, rounded up to whole batches.
-        swaps: number of swaps that are measured at most.
-        patience: swaps in a row without a gain after which the search ends.
+        images: number of scoring images that the sums are made of; a backward pass for each.
+        scoring: number of scoring images that every proposal is measured on, rounded up to whole batches; those
+            that are nearer than the best are measured on all.
+        swaps: number of proposals that are measured at most.
+        patience: proposals in a row without a gain after which the search ends.
     """
 
-    def __init__(self, *, images: int = 64, scoring: int = 512, swaps: int = 24, patience: int = 4) -> None:
+    def __init__(self, *, images: int = 64, scoring: int = 512, swaps: int = 32, patience: int = 10) -> None:
         for option, value in (
             ("images", images),
             ("scoring", scoring),
@@ -63,31 +60,19 @@ class Swaps:
         self.images, self.scoring, self.swaps, self.patience = images, scoring, swaps, patience
 
     def search(self, problem: SearchProblem) -> SearchResult:
-        """Measure the starts, then swaps of the best."""
+        """Measure the starts, then proposals."""
         space, budget = problem.space, problem.budget
         space.check_reachable(budget)
         kept = problem.memory.load() or {}
         alone: dict[str, float] = (
             kept["divergences"] if "divergences" in kept else divergences(problem, self.images)
         )
-        known, losses = {"divergences": alone}, add_divergences(space, alone)
-        starts = _starts(space, budget, losses, relative_noise(problem))
-        report = Scorer(problem)  # on all scoring images
-        problem = replace(problem, images=replace(problem.images, scoring=self._first(problem)))
-        scorer = Scorer(problem, report.at)
-        best = score_all(problem, scorer, starts, known)
+        race = _Race(problem, self._first(problem), {"divergences": alone})
+        starts = _starts(space, budget, add_divergences(space, alone), relative_noise(problem))
+        best = race.start(starts, [tuple(choice) for choice in untied_uniforms(space, budget)])
         if not budget.admits(space.ceiling):
-            uniforms = [scorer(choice) for choice in untied_uniforms(space, budget)]
-            losses = add_divergences(space, alone, *_factors(space, alone, uniforms))
-            tied = _tied(space, losses)
-            fitted = [tuple(best_choice(space, budget, each)) for each in (losses, tied)]
-            best = score_all(problem, scorer, list(dict.fromkeys([best.choice, *fitted])), known)
-            uniform = min(uniforms, key=closeness, default=best)
-            filled = [_filled(space, budget, start.choice, losses) for start in (best, uniform)]
-            filled.append(_filled(space, budget, tuple(largest_uniform(space, budget)), tied))
-            best = score_all(problem, scorer, list(dict.fromkeys([best.choice, *filled])), known)
-            best = self._descend(problem, scorer, best, losses, known)
-        choice = list(best.choice)
+            best = self._improve(problem, race, best, alone)
+        losses = fitted(space, alone, race.measured)
 
         def propose(budget: Budget) -> list[list[int]]:
             """The best sum, and the uniform pair of the best sum: neither is always the better."""
@@ -96,7 +81,7 @@ class Swaps:
             found = [best_choice(space, budget, losses), *([] if uniform is None else [uniform])]
             return found[:1] if found[0] == found[-1] else found
 
-        return SearchResult(choice, propose, report, [report(choice)])
+        return SearchResult(list(best.choice), propose, race.on_all, [best])
 
     def _first(self, problem: SearchProblem) -> list[Batch]:
         """Whole batches of the scoring images."""
@@ -106,57 +91,77 @@ class Swaps:
                 found.append(batch)
         return found
 
-    def _descend(
-        self,
-        problem: SearchProblem,
-        scorer: Scorer,
-        best: Scored,
-        losses: Losses,
-        known: Mapping[str, Any],
+    def _improve(
+        self, problem: SearchProblem, race: "_Race", best: Scored, alone: Mapping[str, float]
     ) -> Scored:
-        """Swap as long as it helps; an interrupted search finds its scores again."""
-        tried = {best.choice}
-        failed = 0
-        with problem.progress.task("swapping bits", self.swaps) as task:
-            for _ in range(self.swaps):
-                chosen = next(_swapped(problem.space, problem.budget, best.choice, losses, tried), None)
+        """Measure proposals as long as they help; an interrupted search finds its scores again."""
+        space, failed = problem.space, 0
+        with problem.progress.task("moving bits", self.swaps) as task:
+            for step in range(self.swaps):
+                losses = fitted(space, alone, race.measured)
+                proposals = _swapped(space, problem.budget, best.choice, losses)
+                if step % 2 == 0:
+                    uniform = race.nearest(untied_uniforms(space, problem.budget))
+                    proposals = chain(_optima(problem, losses, best.choice, uniform), proposals)
+                chosen = next((choice for choice in proposals if not race.knows(choice)), None)
                 if chosen is None or failed == self.patience:
                     break
-                tried.add(chosen)
-                found = scorer(chosen)
-                failed = 0 if closeness(found) < closeness(best) else failed + 1
-                best = min(best, found, key=closeness)
+                found = race.better(chosen, best)
+                failed = failed + 1 if found is best else 0
+                best = found
                 task.advance(divergence=best.divergence, best=best.top1)
-                problem.memory.offer(lambda: {**known, "calibrated": scorer.state_dict()})
         return best
 
 
-def _factors(
-    space: SearchSpace, alone: Mapping[str, float], measured: Sequence[Scored]
-) -> tuple[float, float]:
-    """Of weights and of inputs: the sums of divergences come nearest, relatively, to the measured ones."""
-    of_weights, of_inputs = add_divergences(space, alone, 1, 0), add_divergences(space, alone, 0, 1)
-    rows = [
-        [_total(losses, one.choice) / one.divergence for losses in (of_weights, of_inputs)]
-        for one in measured
-        if one.divergence > 0
-    ]
-    rows = [row for row in rows if np.isfinite(row).all()]
-    if np.linalg.matrix_rank(np.array(rows).reshape(-1, 2)) < 2:  # as where operands are tied
-        return 1.0, 1.0
-    weight, activation = lsq_linear(rows, [1.0] * len(rows), FACTORS).x
-    return float(weight), float(activation)
+class _Race:
+    """Configurations are measured on the first images; only one that is nearer there than the best, on all.
 
+    Args:
+        problem: of the search.
+        first: some of the scoring images.
+        known: what else the memory keeps.
 
-def _tied(space: SearchSpace, losses: Losses) -> Losses:
-    """``losses``, infinite where weights and inputs differ; of a decision without an equal pair as they are."""
-    found: Losses = []
-    for decision, row in zip(space.decisions, losses, strict=True):
-        equal = [bits.weight == bits.activation for bits in decision.options]
-        found.append(
-            [loss if same or not any(equal) else math.inf for loss, same in zip(row, equal, strict=True)]
-        )
-    return found
+    Attributes:
+        on_all: scores on all scoring images.
+    """
+
+    def __init__(self, problem: SearchProblem, first: Sequence[Batch], known: Mapping[str, object]) -> None:
+        self._problem = replace(problem, images=replace(problem.images, scoring=first))
+        self._known = known
+        self.on_all = Scorer(problem)
+        whole = len(first) == len(problem.images.scoring)
+        self._on_first = self.on_all if whole else Scorer(self._problem, self.on_all.at)
+        kept = problem.memory.load() or {}
+        self.on_all.load_state_dict(kept.get("on_all", {"configurations": []}))
+
+    def start(self, starts: Sequence[Choice], uniforms: Sequence[Choice]) -> Scored:
+        """Measure ``starts``; the nearest on all images, of the nearest start and the nearest uniform choice."""
+        nearest = score_all(self._problem, self._on_first, starts, self._state())
+        choices = [nearest.choice] if not uniforms else [nearest.choice, self.nearest(uniforms)]
+        return min((self.on_all(choice) for choice in choices), key=closeness)
+
+    @property
+    def measured(self) -> list[Scored]:
+        """All that was measured, on the first images."""
+        return list(self._on_first.scored.values())
+
+    def knows(self, choice: Sequence[int]) -> bool:
+        """Whether ``choice`` was measured."""
+        return tuple(choice) in self._on_first.scored
+
+    def nearest(self, choices: Sequence[Sequence[int]]) -> Choice:
+        """The nearest to the float network on the first images."""
+        return min((self._on_first(choice) for choice in choices), key=closeness).choice
+
+    def better(self, choice: Choice, best: Scored) -> Scored:
+        """The better of the two."""
+        if closeness(self._on_first(choice)) < closeness(self._on_first(best.choice)):
+            best = min(best, self.on_all(choice), key=closeness)
+        self._problem.memory.offer(lambda: {**self._state(), "calibrated": self._on_first.state_dict()})
+        return best
+
+    def _state(self) -> dict[str, object]:
+        return {**self._known, "on_all": self.on_all.state_dict()}
 
 
 def _total(losses: Losses, choice: Sequence[int]) -> float:
@@ -168,9 +173,19 @@ def _starts(space: SearchSpace, budget: Budget, losses: Losses, noise: Losses) -
     """Distinct configurations within the budget."""
     if budget.admits(space.ceiling):
         return [tuple(len(decision.options) - 1 for decision in space.decisions)]
-    uniform = [tuple(choice) for choice in untied_uniforms(space, budget)]
-    found = [tuple(best_choice(space, budget, each)) for each in (losses, noise)]
-    return list(dict.fromkeys([*found, *uniform]))
+    found = [best_choice(space, budget, each) for each in (losses, noise)]
+    found += [*untied_uniforms(space, budget), largest_uniform(space, budget)]
+    return list(dict.fromkeys(map(tuple, found)))
+
+
+def _optima(problem: SearchProblem, losses: Losses, best: Choice, uniform: Choice) -> Iterator[Choice]:
+    """The choices of least sum, and choices with the rest of the budget spent."""
+    space, budget, same = problem.space, problem.budget, tied(problem.space, losses)
+    for each in (losses, same):
+        yield tuple(best_choice(space, budget, each))
+    for start in (best, uniform):
+        yield _filled(space, budget, start, losses)
+    yield _filled(space, budget, tuple(largest_uniform(space, budget)), same)
 
 
 def _filled(space: SearchSpace, budget: Budget, choice: Choice, losses: Losses) -> Choice:
@@ -186,10 +201,8 @@ def _filled(space: SearchSpace, budget: Budget, choice: Choice, losses: Losses) 
             return choice
 
 
-def _swapped(
-    space: SearchSpace, budget: Budget, choice: Choice, losses: Losses, tried: set[Choice]
-) -> Iterator[Choice]:
-    """Configurations within the budget one swap away and not yet tried, most predicted gain first."""
+def _swapped(space: SearchSpace, budget: Budget, choice: Choice, losses: Losses) -> Iterator[Choice]:
+    """Configurations within the budget one swap away, most predicted gain first."""
     moves = _moves(space, choice, losses)
     pairs = [
         (one[0] + other[0], (one, other))
@@ -202,7 +215,7 @@ def _swapped(
         changed = list(choice)
         for _, decision, option in parts:
             changed[decision] = option
-        if tuple(changed) not in tried and budget.admits(space.cost(changed)):
+        if budget.admits(space.cost(changed)):
             yield tuple(changed)
 
 

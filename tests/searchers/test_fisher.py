@@ -15,10 +15,18 @@ from saqcli.quant.grid import fake_quantize
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers
 from saqcli.quant.search_space import Candidates, search_space
 from saqcli.searchers import Scorer, closeness
-from saqcli.searchers.divergences import _inputs, _movements, _weight_errors, add_divergences, divergences
+from saqcli.searchers.divergences import (
+    TEMPERATURE,
+    _inputs,
+    _movements,
+    _weight_errors,
+    add_divergences,
+    divergences,
+)
+from saqcli.searchers.fit import fitted, tied
 from saqcli.searchers.problem import Scored, SearchProblem
-from saqcli.searchers.separable import Key, relative_noise
-from saqcli.searchers.swaps import Swaps, _factors, _filled, _starts, _tied
+from saqcli.searchers.separable import Key, Losses, relative_noise
+from saqcli.searchers.swaps import Swaps, _filled, _starts
 from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
 from tests.support.searching import Stopping, fresh, random_problem, tiny_problem
 
@@ -41,7 +49,7 @@ def in_doubles() -> tuple[SearchProblem, dict[str, QuantizedLayer], Tensor]:
 
 
 def exact(problem: SearchProblem, layers: dict[str, QuantizedLayer], image: Tensor, key: Key) -> float:
-    """1/2 d^T F d for the first-order movement d of the logits, by central differences."""
+    """1/2 d^T F d for the first-order movement d of the logits over the temperature, by central differences."""
     errors, inputs = _weight_errors(problem, layers), _inputs(problem, layers)
     layer, tiny = layers[key.layer], 1e-6
     seen: list[Tensor] = []
@@ -60,8 +68,8 @@ def exact(problem: SearchProblem, layers: dict[str, QuantizedLayer], image: Tens
             layer.input_quantizer = Added(side * (fake_quantize(seen[0], level, grid) - seen[0]))
             ends.append(problem.model(image))
             layer.input_quantizer = before
-    moved = ((ends[0] - ends[1]) / (2 * tiny))[0]
-    p = logits[0].softmax(0)
+    moved = ((ends[0] - ends[1]) / (2 * tiny * TEMPERATURE))[0]
+    p = (logits[0] / TEMPERATURE).softmax(0)
     return float(0.5 * ((p * moved**2).sum() - (p * moved).sum() ** 2))
 
 
@@ -117,27 +125,58 @@ def test_swap_is_kept_where_sums_mislead() -> None:
     assert closeness(scorer(found.choice)) < min(closeness(scorer(start)) for start in starts)
 
 
-def test_factors_of_operands_are_found_again() -> None:
-    """From divergences that are sums with known factors; and none where one configuration is known."""
-    problem = tiny_problem("conv_bn", candidates=Candidates((2, 3, 4), (2, 3, 4)))
-    space, alone = problem.space, divergences(fresh(problem), 4)
-    truth = add_divergences(space, alone, 0.5, 3.0)
-    measured = [
+def all_measured(problem: SearchProblem, truth: Losses) -> list[Scored]:
+    """Every configuration, with a divergence that is the sum of ``truth``."""
+    space = problem.space
+    return [
         Scored(tuple(choice), space.cost(choice), 50.0, 1.0, sum(map(list.__getitem__, truth, choice)))
         for choice in itertools.product(*(range(len(decision.options)) for decision in space.decisions))
     ]
+
+
+def relative_errors(problem: SearchProblem, losses: Losses, measured: list[Scored]) -> list[float]:
+    return [abs(sum(map(list.__getitem__, losses, one.choice)) / one.divergence - 1) for one in measured]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_factors_of_operands_are_found_again(scale: float) -> None:
+    """From divergences that are sums with known factors, of any size."""
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 3, 4), (2, 3, 4)))
+    space, alone = problem.space, divergences(fresh(problem), 4)
+    truth = add_divergences(space, alone, 0.5 * scale, 3.0 * scale)
+    measured = all_measured(problem, truth)
     assert len(measured) == 9
-    assert _factors(space, alone, measured) == pytest.approx((0.5, 3.0))
-    assert _factors(space, alone, measured[:1]) == (1.0, 1.0)
+    for found, wanted in zip(fitted(space, alone, measured), truth, strict=True):
+        assert found == pytest.approx(wanted)
 
 
-def test_factors_are_one_where_operands_are_tied() -> None:
-    """Equal configurations and infinite divergences tell the two apart in no way."""
+def test_factor_of_one_operand_is_learned() -> None:
+    """An operand far from the common factor of its kind is found by measurements."""
+    problem = random_problem(3)
+    problem = replace(problem, space=search_space("net", problem.space.costs, Candidates((2, 4), (2, 4))))
+    space, alone = problem.space, divergences(fresh(problem), 4)
+    odd = next(iter(name for name in alone if name.startswith("weight"))).split()[1]
+    changed = {name: value * (6.0 if f"weight {odd} " in name else 1.0) for name, value in alone.items()}
+    measured = all_measured(problem, add_divergences(space, changed))
+    learned, plain = (
+        sum(relative_errors(problem, losses, measured))
+        for losses in (fitted(space, alone, measured), add_divergences(space, alone))
+    )
+    assert 0 < learned < 0.2 * plain
+
+
+def test_one_factor_where_nothing_tells_operands_apart() -> None:
+    """Equal configurations give one scale for both; infinite and missing divergences none."""
     problem = tiny_problem("conv_bn", candidates=Candidates((2, 4)))
     space, alone = problem.space, divergences(fresh(problem), 4)
-    measured = [Scored((0,), space.cost([0]), 50.0, 1.0, divergence) for divergence in (0.2, 0.3, math.inf)]
-    assert _factors(space, alone, measured) == (1.0, 1.0)
-    assert _factors(space, dict.fromkeys(alone, math.nan), measured) == (1.0, 1.0)
+    losses = add_divergences(space, alone)
+    one = Scored((0,), space.cost([0]), 50.0, 1.0, 2 * losses[0][0])
+    for measured in ([one], [one, one, one._replace(divergence=math.inf)]):
+        assert fitted(space, alone, measured)[0] == pytest.approx([2 * loss for loss in losses[0]])
+    for measured in ([], [one._replace(divergence=math.nan)], [one._replace(divergence=0.0)]):
+        assert fitted(space, alone, measured) == losses
+    unknown = fitted(space, dict.fromkeys(alone, math.nan), [one])
+    assert all(map(math.isnan, unknown[0]))
 
 
 def test_same_width_is_filled_up_in_steps_of_both_operands() -> None:
@@ -148,7 +187,7 @@ def test_same_width_is_filled_up_in_steps_of_both_operands() -> None:
     ]
     budget = Budget(bops=(space.floor.bops + space.ceiling.bops) // 2)
     start = tuple(largest_uniform(space, budget))
-    found = _filled(space, budget, start, _tied(space, losses))
+    found = _filled(space, budget, start, tied(space, losses))
     assert found != start
     for decision, before, after in zip(space.decisions, start, found, strict=True):
         bits = decision.options[after]

@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -114,8 +115,12 @@ def wandb(run: Path, home: Path) -> list[Recorded]:
     runs: dict[str, Recorded] = {}
     for file in sorted(home.glob("wandb/offline-run-*/*.wandb")):
         found = runs.setdefault(file.stem, Recorded())
-        for content in _records(file.read_bytes()):
-            record = Record.FromString(content)
+        deadline = time.monotonic() + 20  # a process of wandb's own writes the file, and may do so later
+        records: list[Any] = []
+        while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+            records = [Record.FromString(content) for content in _records(file.read_bytes())]
+            time.sleep(0.05)
+        for record in records:
             if record.HasField("run"):
                 found.settings |= {item.key: item.value_json for item in record.run.config.update}
             if record.HasField("history"):
@@ -146,6 +151,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):  # not yet written
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or last

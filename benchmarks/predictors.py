@@ -3,8 +3,8 @@
     python benchmarks/predictors.py --model saq/resnet20 --weights FILE --data DIR --out results --configurations 30
 
 Random configurations that use the budget, and those that searchers find, are scored, calibrated and fine-tuned in the
-same way. Sums of losses of single operands (``error``, ``fisher``, ``hawq``, ``sensitivity``) and figures of the
-calibrated network on held-out training images (``divergence``, ``loss``, ``top-1``) are compared with top-1 and loss on
+same way. Sums of losses of single operands (``error``, ``fisher``, ``hawq``, ``sensitivity``; ``fitted``:
+``fisher`` with the factors that ``swaps`` fits to its starts) and figures of the calibrated network on held-out training images (``divergence``, ``loss``, ``top-1``) are compared with top-1 and loss on
 the test images, before and after fine-tuning, by Spearman's rank correlation; 1 is a perfect prediction. Every
 configuration is one line of ``results/results.jsonl``; existing lines are not run again.
 """
@@ -23,25 +23,30 @@ from searchers import Bench
 from saqcli.pipelines.find_bits import bind_search, request_search
 from saqcli.progress import SILENT
 from saqcli.searchers.divergences import add_divergences, divergences
+from saqcli.searchers.fit import fitted
 from saqcli.searchers.hawq import HAWQ
 from saqcli.searchers.knapsack import Sampler, best_choice
 from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Losses, relative_noise
 from saqcli.searchers.supernet import Scorer
-from saqcli.searchers.uniforms import untied_uniforms
+from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
 
 # Higher is worse in all of them.
-SUMS = ("error", "fisher", "hawq", "sensitivity")
+SUMS = ("error", "fisher", "fitted", "hawq", "sensitivity")
 MEASURED = ("divergence", "held-out loss", "held-out top-1")
 
 
-def sums(problem: SearchProblem) -> dict[str, Losses]:
+def sums(problem: SearchProblem, scorer: Scorer) -> dict[str, Losses]:
     """The losses of every option by score."""
-    hawq = HAWQ()
+    hawq, space, alone = HAWQ(), problem.space, divergences(problem, 64)
+    error, fisher = relative_noise(problem), add_divergences(space, alone)
+    starts = [best_choice(space, problem.budget, each) for each in (error, fisher)]
+    starts += [*untied_uniforms(space, problem.budget), largest_uniform(space, problem.budget)]
     return {
-        "error": relative_noise(problem),
-        "fisher": add_divergences(problem.space, divergences(problem, 64)),
+        "error": error,
+        "fisher": fisher,
+        "fitted": fitted(space, alone, [scorer(choice) for choice in starts]),
         "hawq": hawq.losses(problem, hawq.traces(problem)),
         "sensitivity": Sensitivity().losses(fresh(problem)),
     }
@@ -59,8 +64,8 @@ def measure(wanted: argparse.Namespace) -> None:
     request = request_search(config, bench.network, bench.images(config), SILENT)
     problem = bind_search(config, request, bench.statistics, SILENT).problem
     space, budget = problem.space, problem.budget
-    losses = sums(problem)
     scorer = Scorer(problem)
+    losses = sums(problem, scorer)
     drawn = Sampler(space, budget, torch.Generator().manual_seed(0)).draw_distinct(wanted.configurations)
     kinds = [("random", choice) for choice in drawn]
     kinds += [(name, best_choice(space, budget, each)) for name, each in losses.items()]

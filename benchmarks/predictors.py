@@ -3,10 +3,11 @@
     python benchmarks/predictors.py --model saq/resnet20 --weights FILE --data DIR --out results --configurations 30
 
 Random configurations that use the budget, and those that searchers find, are scored, calibrated and fine-tuned in the
-same way. Sums of losses of single operands (``error``, ``fisher``, ``hawq``, ``sensitivity``; ``fitted``:
-``fisher`` with the factors that ``swaps`` fits to its starts) and figures of the calibrated network on held-out training images (``divergence``, ``loss``, ``top-1``) are compared with top-1 and loss on
-the test images, before and after fine-tuning, by Spearman's rank correlation; 1 is a perfect prediction. Every
-configuration is one line of ``results/results.jsonl``; existing lines are not run again.
+same way. Scores are sums of losses of single operands (``error``, ``fisher``, ``hawq``, ``sensitivity``, and
+``fitted``: ``fisher`` with the factors that ``swaps`` fits to its starts) and figures of the calibrated network on
+held-out training images (``divergence``, ``loss``, ``top-1``). They are compared with top-1 and loss on the test
+images, before and after fine-tuning, by Spearman's rank correlation; 1 is a perfect prediction. Every configuration is
+one line of ``results/results.jsonl``; existing lines are not run again.
 """
 
 import argparse

@@ -130,7 +130,16 @@ def predictors() -> str:
         f"| score; {len(lines)} configurations | top-1, calibrated | top-1, fine-tuned | loss, fine-tuned |",
         "|--|--|--|--|",
     ]
-    for name in ("error", "fisher", "hawq", "sensitivity", "divergence", "held-out loss", "held-out top-1"):
+    for name in (
+        "error",
+        "fisher",
+        "fitted",
+        "hawq",
+        "sensitivity",
+        "divergence",
+        "held-out loss",
+        "held-out top-1",
+    ):
         sign = -1 if name == "held-out top-1" else 1
         values = [sign * line[name] for line in lines]
         found = [

@@ -55,7 +55,8 @@ MOST_FILES = 20  # in one folder
 FAMILIES = {
     "training/minimizers": {"base", "reference", "sharpness_aware"},
     "searchers": {
-        *("problem", "knapsack", "separable", "divergences", "supernet", "controller", "mixture", "uniforms"),
+        *("problem", "knapsack", "separable", "divergences", "fit", "supernet", "controller", "mixture"),
+        "uniforms",
     },
     "analysis": {"base"},
     "export": {

@@ -1,8 +1,8 @@
 """The divergence from the float network that the noise of one operand causes, from one backward pass.
 
-Let z be the logits of an image over a temperature of 4, and p their class probabilities. Noise that moves z by d changes
-the Kullback-Leibler divergence from the float network by 1/2 d^T F d to second order, with F = diag(p) - p p^T. For a
-vector r of random signs, v = sqrt(p) * r - p (sqrt(p) . r) has E v v^T = F, so that with g = dz/dx^T v, from one
+Let z be the logits of an image over a temperature of 4, and p their class probabilities. Noise that moves z by d
+changes the Kullback-Leibler divergence from the float network by 1/2 d^T F d to second order, with F = diag(p) - p p^T.
+For a vector r of random signs, v = sqrt(p) * r - p (sqrt(p) . r) has E v v^T = F, so that with g = dz/dx^T v, from one
 backward pass,
 
     loss of a width = 1/2 * mean over images of (g . (Q(x) - x))**2

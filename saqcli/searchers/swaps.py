@@ -122,12 +122,14 @@ class _Race:
         known: what else the memory keeps.
 
     Attributes:
+        measured: what this run asked for, in order, on the first images; not what an interrupted one knew before.
         on_all: scores on all scoring images.
     """
 
     def __init__(self, problem: SearchProblem, first: Sequence[Batch], known: Mapping[str, object]) -> None:
         self._problem = replace(problem, images=replace(problem.images, scoring=first))
         self._known = known
+        self.measured: list[Scored] = []
         self.on_all = Scorer(problem)
         whole = len(first) == len(problem.images.scoring)
         self._on_first = self.on_all if whole else Scorer(self._problem, self.on_all.at)
@@ -137,25 +139,23 @@ class _Race:
     def start(self, starts: Sequence[Choice], uniforms: Sequence[Choice]) -> Scored:
         """Measure ``starts``; the nearest on all images, of the nearest start and the nearest uniform choice."""
         nearest = score_all(self._problem, self._on_first, starts, self._state())
+        self.measured = [self._on_first(choice) for choice in starts]
         choices = [nearest.choice] if not uniforms else [nearest.choice, self.nearest(uniforms)]
         return min((self.on_all(choice) for choice in choices), key=closeness)
 
-    @property
-    def measured(self) -> list[Scored]:
-        """All that was measured, on the first images."""
-        return list(self._on_first.scored.values())
-
-    def knows(self, choice: Sequence[int]) -> bool:
+    def knows(self, choice: Choice) -> bool:
         """Whether ``choice`` was measured."""
-        return tuple(choice) in self._on_first.scored
+        return any(one.choice == choice for one in self.measured)
 
     def nearest(self, choices: Sequence[Sequence[int]]) -> Choice:
-        """The nearest to the float network on the first images."""
+        """Of measured ``choices`` the nearest to the float network on the first images."""
         return min((self._on_first(choice) for choice in choices), key=closeness).choice
 
     def better(self, choice: Choice, best: Scored) -> Scored:
-        """The better of the two."""
-        if closeness(self._on_first(choice)) < closeness(self._on_first(best.choice)):
+        """The better of the two; measures ``choice``."""
+        found = self._on_first(choice)
+        self.measured.append(found)
+        if closeness(found) < closeness(self._on_first(best.choice)):
             best = min(best, self.on_all(choice), key=closeness)
         self._problem.memory.offer(lambda: {**self._state(), "calibrated": self._on_first.state_dict()})
         return best

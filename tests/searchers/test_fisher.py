@@ -221,10 +221,11 @@ def test_uniform_pairs_are_the_widest() -> None:
         assert not dearer
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 6])
-def test_interrupted_swaps_resume_bit_identically(stop_after: int) -> None:
-    problem = random_problem(1)
-    settings = {"images": 4, "swaps": 6}
+@pytest.mark.parametrize("seed", [1, 27])
+@pytest.mark.parametrize("stop_after", [1, 6, 12, 16])
+def test_interrupted_swaps_resume_bit_identically(seed: int, stop_after: int) -> None:
+    problem = random_problem(seed)
+    settings = {"images": 4, "swaps": 12}
     straight = Swaps(**settings).search(fresh(problem))
     memory = Stopping(stop_after)
     with suppress(Interrupted):  # a search may end before
@@ -232,3 +233,6 @@ def test_interrupted_swaps_resume_bit_identically(stop_after: int) -> None:
     resumed = Swaps(**settings).search(fresh(problem, memory=Stopping(kept=memory.kept)))
     assert resumed.choice == straight.choice
     assert resumed.scored == straight.scored
+    for other in (problem.space.floor, problem.budget, problem.space.ceiling):
+        budget = Budget(bops=other.bops)
+        assert resumed.propose(budget) == straight.propose(budget)

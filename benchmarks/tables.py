@@ -62,7 +62,7 @@ def variations() -> str:
 def searches() -> str:
     """Top-1 after calibration alone at every searcher's policy, from ``searchers.py --epochs 0``."""
     rows = [
-        "| network, budget | MBOPs | uniform | best untied uniform | error | fisher | swaps, tied | swaps | "
+        "| network, budget | MBOPs | uniform | best untied uniform | error | fisher | swaps | gain | "
         "seconds of error, fisher, swaps |",
         "|--|--|--|--|--|--|--|--|--|",
     ]
@@ -71,21 +71,32 @@ def searches() -> str:
         found = {line["name"]: line for line in members}
         untied = [line for line in members if line["name"].startswith("untied")]
         best = max(untied, key=lambda line: line["calibrated"])
-        highest = max(line["calibrated"] for line in members)
-        shown = (
-            found["uniform"],
-            best,
-            *(found.get(name) for name in ("error", "fisher", "swaps tied", "swaps")),
-        )
-        texts = ["" if line is None else f"{line['calibrated']:.2f}" for line in shown]
+        highest = max(found[name]["calibrated"] for name in ("uniform", best["name"], *SEARCHED))
+        shown = found["uniform"], best, *(found[name] for name in SEARCHED)
+        texts = [f"{line['calibrated']:.2f}" for line in shown]
         cells = [f"**{text}**" if text == f"{highest:.2f}" else text for text in texts]
         cells[1] += f" ({best['name'].removeprefix('untied ')})"
         seconds = ", ".join(f"{found[name]['cpu_seconds']:.0f}" for name in SEARCHED)
-        first = members[0]
+        first, gain = members[0], found["swaps"]["calibrated"] - best["calibrated"]
         rows.append(
             f"| `{first['model']}`, {first['budget']} | {first['budget_bops'] / 1e6:.0f} | {' | '.join(cells)} | "
-            f"{seconds} |"
+            f"{gain:+.2f} | {seconds} |"
         )
+    return "\n".join(rows)
+
+
+def searchers() -> str:
+    """As ``searches``, of searchers that were run on some networks only, with their processor seconds."""
+    rows = [f"| network, budget | {' | '.join((*OTHERS, 'swaps'))} |", "|--|" + "--|" * (len(OTHERS) + 1)]
+    for members in _groups(read(FOLDER / "results" / "searches.jsonl"), "model", "budget"):
+        found = {line["name"]: line for line in members}
+        if found.keys().isdisjoint(OTHERS):
+            continue
+        cells = [
+            f"{found[name]['calibrated']:.2f} ({found[name]['cpu_seconds']:.0f} s)" if name in found else ""
+            for name in (*OTHERS, "swaps")
+        ]
+        rows.append(f"| `{members[0]['model']}`, {members[0]['budget']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -103,7 +114,11 @@ def methods() -> str:
             key = first["model"], first["bits"]
             names = [f"`{key[0]}`" if key[0] != before[0] else "", key[1] if key != before else ""]
             before = key
-            pairs = [(line, plain[line["seed"]]) for line in members if line["seed"] in plain]
+            longer = re.search(r", \d+ epochs$", first["name"])
+            base = {
+                line["seed"]: line for line in group if longer and line["name"] == f"qat{longer[0]}"
+            } or plain
+            pairs = [(line, base[line["seed"]]) for line in members if line["seed"] in base]
             gains = [line["top1"] - base["top1"] for line, base in pairs]
             ratios = [
                 line["seconds"] / base["seconds"]
@@ -116,7 +131,7 @@ def methods() -> str:
                 str(len(members)),
                 _mean([line["top1"] for line in members]),
                 _mean([line["loss"] for line in members], 3),
-                _mean(gains) if gains and first["name"] != "qat" else "",
+                _mean(gains) if any(gains) else "",
                 f"{statistics.median(ratios):.2f}" if ratios else "",
             ]
             rows.append(f"| {' | '.join(cells)} |")
@@ -151,12 +166,14 @@ def predictors() -> str:
 
 
 SEARCHED = ("error", "fisher", "swaps")
+OTHERS = ("hawq", "sensitivity", "random", "samq", "asga")
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "variations": variations,
     "searches": searches,
     "methods": methods,
     "predictors": predictors,
+    "searchers": searchers,
 }
 
 

@@ -103,7 +103,7 @@ def searchers() -> str:
 def methods() -> str:
     """Top-1 and loss after fine-tuning with every method, from ``minimizers.py``."""
     rows = [
-        "| network | bits | method | seeds | top-1 | loss | top-1 above qat, same seed | time of qat |",
+        "| network | bits | method | seeds | top-1 | loss | top-1 above qat of the same seed | time of qat |",
         "|--|--|--|--|--|--|--|--|",
     ]
     lines, before = read(FOLDER / "results" / "minimizers.jsonl"), ("", "")
@@ -131,7 +131,7 @@ def methods() -> str:
                 str(len(members)),
                 _mean([line["top1"] for line in members]),
                 _mean([line["loss"] for line in members], 3),
-                _mean(gains) if any(gains) else "",
+                _mean(gains) if gains and pairs[0][0] is not pairs[0][1] else "",
                 f"{statistics.median(ratios):.2f}" if ratios else "",
             ]
             rows.append(f"| {' | '.join(cells)} |")

@@ -323,8 +323,10 @@ def per_channel(values: Tensor, like: Tensor, channels: int) -> Tensor:
 
 def _moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of every channel; in two passes, of which each is vectorized, unlike that of ``var_mean``."""
-    x = x.detach()
+    dtype, x = x.dtype, x.detach()
+    x = x.float() if x.itemsize < 4 else x  # sums of squares exceed half precision
     dims = [d for d in range(x.dim()) if d != channels % x.dim()]
     mean = x.mean(dims, keepdim=True)
     norm = torch.linalg.vector_norm(x - mean, dim=dims)
-    return mean.flatten(), norm**2 * (norm.numel() / max(x.numel(), 1))
+    variance = norm**2 * (norm.numel() / max(x.numel(), 1))
+    return mean.flatten().to(dtype), variance.to(dtype)

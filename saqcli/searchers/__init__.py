@@ -118,7 +118,9 @@ _OURS = {
         keeps_scores=True,
     ),
     "swaps": SearcherEntry(
-        Swaps, "the best of simple configurations, improved by measured swaps of bits", uses_labels=False
+        Swaps,
+        "optima of sums fitted to measurements, and measured swaps of bits between layers",
+        uses_labels=False,
     ),
     "random": SearcherEntry(RandomSearch, "best of several random configurations", fills_budget=True),
     "error": SearcherEntry(

@@ -10,9 +10,9 @@ backward pass,
 for the weights of a layer or for its input. The products keep the errors of a tensor together: errors that cancel in
 the sums of a layer cost nothing, unlike in HAWQ, which knows their mean square alone. Labels do not enter.
 
-Probabilities are softened, as in distillation, since a network is certain of most images, the more so of those that it
-was trained on: at temperature 1 their F vanishes, and a few images decide, which noise of more than second order does
-not spare the others.
+Probabilities are softened, as in distillation. A network is certain of most images, above all of those that it was
+trained on. At temperature 1 their F nearly vanishes and a few others decide the sum, though larger noise, beyond
+second order, moves the certain ones too.
 
 Source: the Fisher information as a measure of sensitivity, as in BRECQ (Li et al., arXiv:2102.05426) and LIMPQ (Tang et
 al., arXiv:2203.08368); v is the sketch of the generalized Gauss-Newton matrix of Martens (arXiv:1412.1193), section 6.
@@ -37,7 +37,7 @@ Quantizer = tuple[Tensor, AnyGrid]  # clipping level, and the grid
 
 
 def divergences(problem: SearchProblem, count: int) -> dict[str, float]:
-    """The divergence, in nats, that every operand causes alone at every width, by name.
+    """The divergence of softened class probabilities, in nats, that every operand causes alone at every width, by name.
 
     Args:
         problem: its model in floating point, which is not changed.

@@ -10,7 +10,7 @@ from saqcli.training.options import check_count
 
 
 class Fisher:
-    """Minimizes the sum of second-order divergences.
+    """Minimizes the sum of second-order divergences of softened class probabilities.
 
     Args:
         images: number of scoring images; a backward pass for each.

@@ -7,8 +7,9 @@ their own losses say. So a sum is weighed, with a factor for every operand of ev
              + PULL**2 * sum_k (factor_k / common_k - 1)**2
 
 where ``common`` is one factor for all weights and one for all inputs, by the same least squares without the second
-term. With few measurements the operands stay near their common factors; with more, each finds its own. This is
-Bayesian linear regression with a prior whose deviation is 1 / PULL times that of the relative errors.
+term. Factors stay within ``RANGE``. With few measurements the operands stay near their common factors; with more, each
+finds its own. This is Bayesian linear regression with a prior whose deviation is 1 / PULL times that of the relative
+errors.
 """
 
 import math
@@ -22,15 +23,15 @@ from saqcli.searchers.divergences import add_divergences
 from saqcli.searchers.problem import Scored
 from saqcli.searchers.separable import Losses
 
-RANGE = (
-    0.1,
-    10.0,
-)  # of the factor of all weights, or all inputs, over the scale of both; of one operand, over its own
+# of the factor of all weights, or all inputs, over the scale of both; of that of one operand, over its kind's
+RANGE = 0.1, 10.0
 PULL = 0.15  # relative errors of the sums are about 15 %, deviations of factors about 100 %
 
 
 def fitted(space: SearchSpace, alone: Mapping[str, float], measured: Sequence[Scored]) -> Losses:
-    """The losses of every option, by decision, weighed so that their sums come near ``measured``.
+    """The losses of every option in nats, by decision, weighed so that their sums come near ``measured``.
+
+    Without a usable measurement they are as they are.
 
     Args:
         space: the search space.
@@ -38,7 +39,7 @@ def fitted(space: SearchSpace, alone: Mapping[str, float], measured: Sequence[Sc
         measured: configurations of the space; those without a finite, positive divergence are left out.
     """
     parts = add_divergences(space, alone, 1, 0), add_divergences(space, alone, 0, 1)
-    rows = np.array([_shares(parts, one) for one in measured if one.divergence > 0])
+    rows = np.array([_shares(parts, one) for one in measured if 0 < one.divergence < math.inf])
     rows = rows[np.isfinite(rows).all(1)] if len(rows) else np.zeros((0, 2 * len(space.decisions)))
     if not rows.any():
         return add_divergences(space, alone)
@@ -49,13 +50,15 @@ def fitted(space: SearchSpace, alone: Mapping[str, float], measured: Sequence[Sc
     factors = common * lsq_linear(system, wanted, RANGE).x
     of_weights, of_inputs = np.split(factors, 2)
     return [
-        [float(w * weight + a * activation) for weight, activation in zip(*rows, strict=True)]
-        for w, a, rows in zip(of_weights, of_inputs, zip(*parts, strict=True), strict=True)
+        [float(w * weight + a * activation) for weight, activation in zip(weights, inputs, strict=True)]
+        for w, a, weights, inputs in zip(of_weights, of_inputs, *parts, strict=True)
     ]
 
 
 def tied(space: SearchSpace, losses: Losses) -> Losses:
-    """``losses``, infinite where weights and inputs differ; of a decision without an equal pair as they are."""
+    """``losses``, infinite where weights and inputs differ, which a knapsack avoids; of a decision without an equal
+    pair as they are.
+    """
     found: Losses = []
     for decision, row in zip(space.decisions, losses, strict=True):
         equal = [bits.weight == bits.activation for bits in decision.options]

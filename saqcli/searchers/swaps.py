@@ -7,8 +7,8 @@ is worse than the same bits everywhere. Here sums only propose, and the network 
               knapsacks (``fisher``, ``error``)
     fit       factors with which the sums of ``fisher`` come near all that was measured so far (``fit``)
     propose   in turn: an optimum of the fitted sums, over all configurations or over those whose layers have one
-              width for both operands, or a start with what it leaves of the budget spent; and a swap of the best
-              configuration: one layer's weights, inputs or both get a bit more, another's a bit less
+              width for both operands, or a configuration with what it leaves of the budget spent; and a swap of the
+              best: one layer's weights, inputs or both get a bit more, another's a bit less
     decide    what is nearer to the float network than the best, on some scoring images, is measured on all of them,
               and is the new best if it is nearer there too
 
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from saqcli import distributed
 from saqcli.quant.bits import LayerBits
 from saqcli.quant.cost import Budget
 from saqcli.quant.search_space import SearchSpace
@@ -69,9 +70,11 @@ class Swaps:
         )
         race = _Race(problem, self._first(problem), {"divergences": alone})
         starts = _starts(space, budget, add_divergences(space, alone), relative_noise(problem))
-        best = race.start(starts, [tuple(choice) for choice in untied_uniforms(space, budget)])
+        uniforms = [tuple(choice) for choice in untied_uniforms(space, budget)]
+        best = race.start(starts, uniforms)
+        uniforms.sort(key=lambda choice: closeness(race.on_all(choice)))
         if not budget.admits(space.ceiling):
-            best = self._improve(problem, race, best, alone)
+            best = self._improve(problem, race, best, uniforms, alone)
         losses = fitted(space, alone, race.measured)
 
         def propose(budget: Budget) -> list[list[int]]:
@@ -81,7 +84,7 @@ class Swaps:
             found = [best_choice(space, budget, losses), *([] if uniform is None else [uniform])]
             return found[:1] if found[0] == found[-1] else found
 
-        return SearchResult(list(best.choice), propose, race.on_all, [best])
+        return SearchResult(list(best.choice), propose, race.on_all, list(race.on_all.scored.values()))
 
     def _first(self, problem: SearchProblem) -> list[Batch]:
         """Whole batches of the scoring images."""
@@ -92,25 +95,38 @@ class Swaps:
         return found
 
     def _improve(
-        self, problem: SearchProblem, race: "_Race", best: Scored, alone: Mapping[str, float]
+        self,
+        problem: SearchProblem,
+        race: "_Race",
+        best: Scored,
+        uniforms: Sequence[Choice],
+        alone: Mapping[str, float],
     ) -> Scored:
         """Measure proposals as long as they help; an interrupted search finds its scores again."""
         space, failed = problem.space, 0
         with problem.progress.task("moving bits", self.swaps) as task:
             for step in range(self.swaps):
+                if failed == self.patience:
+                    break
                 losses = fitted(space, alone, race.measured)
-                proposals = _swapped(space, problem.budget, best.choice, losses)
-                if step % 2 == 0:
-                    uniform = race.nearest(untied_uniforms(space, problem.budget))
-                    proposals = chain(_optima(problem, losses, best.choice, uniform), proposals)
-                chosen = next((choice for choice in proposals if not race.knows(choice)), None)
-                if chosen is None or failed == self.patience:
+                optima = _optima(problem, losses, [best.choice, *uniforms[:1]])
+                swapped = _swapped(space, problem.budget, best.choice, losses)
+                proposals = chain(swapped, optima) if step % 2 else chain(optima, swapped)
+                chosen = _first_unknown(proposals, race)
+                if chosen is None:
                     break
                 found = race.better(chosen, best)
                 failed = failed + 1 if found is best else 0
                 best = found
                 task.advance(divergence=best.divergence, best=best.top1)
         return best
+
+
+def _first_unknown(proposals: Iterator[Choice], race: "_Race") -> Choice | None:
+    """The first proposal that was not measured; of the first rank, since solvers may round differently on each."""
+    return distributed.from_first(
+        lambda: next((choice for choice in proposals if not race.knows(choice)), None)
+    )
 
 
 class _Race:
@@ -137,19 +153,14 @@ class _Race:
         self.on_all.load_state_dict(kept.get("on_all", {"configurations": []}))
 
     def start(self, starts: Sequence[Choice], uniforms: Sequence[Choice]) -> Scored:
-        """Measure ``starts``; the nearest on all images, of the nearest start and the nearest uniform choice."""
+        """The nearest on all images: of the nearest of ``starts`` on the first, and of all ``uniforms``."""
         nearest = score_all(self._problem, self._on_first, starts, self._state())
         self.measured = [self._on_first(choice) for choice in starts]
-        choices = [nearest.choice] if not uniforms else [nearest.choice, self.nearest(uniforms)]
-        return min((self.on_all(choice) for choice in choices), key=closeness)
+        return min(map(self.on_all, dict.fromkeys([nearest.choice, *uniforms])), key=closeness)
 
     def knows(self, choice: Choice) -> bool:
         """Whether ``choice`` was measured."""
         return any(one.choice == choice for one in self.measured)
-
-    def nearest(self, choices: Sequence[Sequence[int]]) -> Choice:
-        """Of measured ``choices`` the nearest to the float network on the first images."""
-        return min((self._on_first(choice) for choice in choices), key=closeness).choice
 
     def better(self, choice: Choice, best: Scored) -> Scored:
         """The better of the two; measures ``choice``."""
@@ -178,12 +189,12 @@ def _starts(space: SearchSpace, budget: Budget, losses: Losses, noise: Losses) -
     return list(dict.fromkeys(map(tuple, found)))
 
 
-def _optima(problem: SearchProblem, losses: Losses, best: Choice, uniform: Choice) -> Iterator[Choice]:
-    """The choices of least sum, and choices with the rest of the budget spent."""
+def _optima(problem: SearchProblem, losses: Losses, starts: Sequence[Choice]) -> Iterator[Choice]:
+    """The choices of least sum, and ``starts`` with the rest of the budget spent."""
     space, budget, same = problem.space, problem.budget, tied(problem.space, losses)
     for each in (losses, same):
         yield tuple(best_choice(space, budget, each))
-    for start in (best, uniform):
+    for start in starts:
         yield _filled(space, budget, start, losses)
     yield _filled(space, budget, tuple(largest_uniform(space, budget)), same)
 

@@ -288,7 +288,9 @@ def test_search_bits_agree_on_all_ranks(few: list[object], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("searcher", ["asga", "hawq", "sensitivity", "random", "error", "uniform"])
+@pytest.mark.parametrize(
+    "searcher", ["swaps", "fisher", "asga", "hawq", "sensitivity", "random", "error", "uniform"]
+)
 def test_every_searcher_works_on_two_ranks(searcher: str, few: list[object], tmp_path: Path) -> None:
     options = ("search", *few, "--batch-size", 32, "--workers", 0, "--budget", "w4a4", "--searcher", searcher)
     ended = ranks_saq(2, *options, "--search-images", 128, "--run-dir", tmp_path / "run", "--json")

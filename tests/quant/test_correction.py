@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
-from saqcli.quant.correction import bias_of, correct
+from saqcli.quant.correction import _moments, bias_of, correct
 from saqcli.quant.layer import quantized_layers
 from saqcli.quant.quantizers import Quantizer
 from tests.support import tiny
@@ -198,3 +198,27 @@ def test_weights_levels_and_modes_are_unchanged() -> None:
     assert [module for module in net.modules() if isinstance(module, Quantizer)] == quantizers
     changed = {name for name, value in net.named_parameters() if not torch.equal(value, parameters[name])}
     assert changed == {f"{list(quantized_layers(net))[-1]}.bias"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((8, 6, 5, 4), 1), ((3, 7, 6), -1), ((9, 6), 1), ((2, 3, 6, 4, 2), 2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_moments_are_means_and_variances(shape: tuple[int, ...], channels: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, dtype=torch.float64) * 3 + 40).to(dtype)
+    mean, variance = _moments(x, channels)
+    dims = [d for d in range(x.dim()) if d != channels % x.dim()]
+    expected = torch.var_mean(x.double(), dims, correction=0)
+    assert mean.dtype == variance.dtype == dtype
+    accuracy = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    torch.testing.assert_close((variance.double(), mean.double()), expected, rtol=accuracy, atol=0.0)
+
+
+def test_moments_of_many_half_precision_values_are_finite() -> None:
+    mean, variance = _moments(
+        torch.full((64, 2, 64, 64), 3.0).half() * torch.tensor([1.0, 2.0]).half()[:, None, None], 1
+    )
+    assert mean.tolist() == [3.0, 6.0]
+    assert variance.tolist() == [0.0, 0.0]
+    _, variance = _moments(torch.randn(256, 8, 32, 32).half(), 1)
+    assert torch.allclose(variance.float(), torch.ones(8), rtol=0.02)

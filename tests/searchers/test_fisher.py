@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -26,9 +27,10 @@ from saqcli.searchers.divergences import (
 from saqcli.searchers.fit import fitted, tied
 from saqcli.searchers.problem import Scored, SearchProblem
 from saqcli.searchers.separable import Key, Losses, relative_noise
-from saqcli.searchers.swaps import Swaps, _filled, _starts
+from saqcli.searchers.supernet import CalibratedNetwork
+from saqcli.searchers.swaps import Swaps, _filled, _Race, _starts
 from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
-from tests.support.searching import Stopping, fresh, random_problem, tiny_problem
+from tests.support.searching import Stopping, fresh, random_problem, search_images, tiny_problem
 
 
 class Added(nn.Module):
@@ -106,14 +108,60 @@ def test_losses_ignore_labels_and_leave_the_model_alone() -> None:
     assert fewer > more  # noise of 2 bits and of 4
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_swaps_are_never_worse_than_a_uniform_configuration(seed: int) -> None:
+def raced_problem(seed: int) -> SearchProblem:
+    """One with eight scoring batches and widths apart, so that the first batch can mislead."""
     problem = random_problem(seed)
-    found = Swaps(images=4, swaps=6).search(fresh(problem))
+    space = search_space("net", problem.space.costs, Candidates((2, 3, 4, 5, 6), (2, 3, 4, 5, 6)))
+    budget = Budget(bops=space.floor.bops + (space.ceiling.bops - space.floor.bops) // 3)
+    width = problem.model.width
+    return replace(problem, space=space, budget=budget, images=search_images((1, 1, width), seed, batches=8))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 29, 31, 33])
+@pytest.mark.parametrize("make", [random_problem, raced_problem])
+def test_swaps_are_never_worse_than_a_uniform_configuration(
+    make: Callable[[int], SearchProblem], seed: int
+) -> None:
+    """On all scoring images, of which proposals are first measured on one batch."""
+    problem = make(seed)
+    found = Swaps(images=4, scoring=1, swaps=6).search(fresh(problem))
     scorer = Scorer(fresh(problem))
     best = closeness(scorer(found.choice))
     for choice in untied_uniforms(problem.space, problem.budget):
         assert best <= closeness(scorer(choice))
+
+
+def test_what_is_nearer_on_the_first_images_only_is_not_taken() -> None:
+    problem = raced_problem(31)
+    race = _Race(problem, problem.images.scoring[:1], {})
+    uniforms = [tuple(choice) for choice in untied_uniforms(problem.space, problem.budget)]
+    best = race.start(uniforms, uniforms)
+    first, whole = Scorer(race._problem), Scorer(fresh(problem))
+    misleading = [c for c in uniforms if closeness(first(c)) < closeness(first(best.choice))]
+    assert misleading
+    assert race.better(misleading[0], best) is best
+    assert best == min(map(whole, uniforms), key=closeness)
+
+
+def test_search_ends_when_patience_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, asked = raced_problem(1), []
+    monkeypatch.setattr(_Race, "better", lambda race, choice, best: asked.append(choice) or best)
+    Swaps(images=4, swaps=9, patience=3).search(fresh(problem))
+    assert len(asked) == 3
+
+
+def test_network_stays_calibrated_until_its_bits_change() -> None:
+    problem = tiny_problem("conv_bn", candidates=Candidates((2, 4)))
+    calls: list[int] = []
+    problem = replace(problem, corrections=lambda model: lambda: calls.append(1))
+    network = CalibratedNetwork(problem)
+    one = [value.clone() for value in network.at([0]).state_dict().values()]
+    network.at((0,))
+    assert len(calls) == 1
+    network.at([1])
+    again = network.at([0]).state_dict().values()
+    assert len(calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
 
 
 def test_swap_is_kept_where_sums_mislead() -> None:
@@ -202,7 +250,12 @@ def test_swaps_report_scores_on_all_scoring_images() -> None:
     problem = replace(problem, images=replace(problem.images, scoring=scoring))
     found = Swaps(images=4, scoring=1, swaps=4).search(fresh(problem))
     assert found.score is not None
-    assert found.scored == [found.score(found.choice)] == [Scorer(fresh(problem))(found.choice)]
+    chosen = found.score(found.choice)
+    assert chosen == Scorer(fresh(problem))(found.choice)
+    assert chosen == min(found.scored, key=closeness)
+    assert {tuple(choice) for choice in untied_uniforms(problem.space, problem.budget)} <= {
+        one.choice for one in found.scored
+    }
 
 
 def test_uniform_pairs_are_the_widest() -> None:
@@ -221,11 +274,13 @@ def test_uniform_pairs_are_the_widest() -> None:
         assert not dearer
 
 
-@pytest.mark.parametrize("seed", [1, 27])
+@pytest.mark.parametrize(("make", "seed"), [(random_problem, 1), (random_problem, 27), (raced_problem, 31)])
 @pytest.mark.parametrize("stop_after", [1, 6, 12, 16])
-def test_interrupted_swaps_resume_bit_identically(seed: int, stop_after: int) -> None:
-    problem = random_problem(seed)
-    settings = {"images": 4, "swaps": 12}
+def test_interrupted_swaps_resume_bit_identically(
+    make: Callable[[int], SearchProblem], seed: int, stop_after: int
+) -> None:
+    problem = make(seed)
+    settings = {"images": 4, "scoring": 1, "swaps": 12}
     straight = Swaps(**settings).search(fresh(problem))
     memory = Stopping(stop_after)
     with suppress(Interrupted):  # a search may end before

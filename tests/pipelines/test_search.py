@@ -284,7 +284,7 @@ def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Pat
     policy = tmp_path / "search" / "policy.json"
     run = answer(
         *("quantize", *network, "--policy", policy, "--epochs", 0, "--run-dir", tmp_path / "run"),
-        *sets(**{"data.verify_images": 8}),
+        "--no-export",
     )
     assert run["top1"] == run["calibrated_top1"] == found["scoring_top1"]
     assert run["images"] == 120

@@ -24,9 +24,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The slowest files first, so that workers end at about the same time. The second trains on the digits for all, while
 # the first, which does not need them, runs.
 LONGEST = """
-    test_story test_analyze test_goldens test_joined_runs test_search test_bench test_export test_asga test_search_parts
-    test_exact_form test_search_stopped test_killed test_published test_rerun test_exporters test_cli test_searchers
-    test_hazards test_paths test_attention test_onnx_qdq test_tiny_zoo test_quantize_stopped test_strange_files
+    test_story test_search test_goldens test_joined_runs test_analyze test_recovery test_export test_bench test_killed
+    test_page test_search_parts test_cli test_asga test_programs test_apot test_greedy test_gsam test_named_nodes
+    test_sparsity test_plugins test_types test_rerun test_published test_files test_class_names test_execution
+    test_exporters test_exact_form test_search_stopped test_quantize_stopped test_dry_run test_latency test_searchers
+    test_paths test_portability test_attention test_hazards test_onnx_qdq test_tiny_zoo test_strange_files
 """.split()
 
 

@@ -37,7 +37,7 @@ def test_step_time_prints_one_object(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["float", "qat_eager", "saq_norms_eager", "lsq_bf16"]
-    asked = f"--model saq/resnet20 --batch-size 2 --rounds 1 --quick --json --variants {','.join(names)}"
+    asked = f"--model saq/resnet8s --batch-size 2 --rounds 1 --quick --json --variants {','.join(names)}"
     monkeypatch.setattr(sys, "argv", ["step_time.py", *asked.split()])
     script("step_time.py")["main"]()
     found = json.loads(capsys.readouterr().out)

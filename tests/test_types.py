@@ -8,6 +8,7 @@ import pytest
 
 import saqcli
 
+ROOT = Path(saqcli.__file__).parents[1]
 PROGRAM = """
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,19 @@ MISTAKES = {
 
 
 def check(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """With the package's own settings, which skip the libraries that no signature names."""
     pytest.importorskip("mypy", reason="mypy is in the dev extra")
     (folder / "program.py").write_text(program, encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "program.py"]
-    environment = {"MYPYPATH": str(Path(saqcli.__file__).parents[1]), "PATH": ""}
+    given = (
+        "--strict",
+        "--follow-imports",
+        "silent",
+        "--no-incremental",
+        "--config-file",
+        ROOT / "pyproject.toml",
+    )
+    command = [sys.executable, "-m", "mypy", *map(str, given), "program.py"]
+    environment = {"MYPYPATH": str(ROOT), "PATH": ""}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 

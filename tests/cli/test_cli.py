@@ -212,7 +212,7 @@ class TestErrors:
         broken = folder / "val" / "3" / "broken.png"
         broken.write_bytes(b"no image")
         options = [*float_options(digits, data=folder), "--bits", 4, "--epochs", 0, "--json"]
-        options += ["--set", "data.verify_images=20"]
+        options += ["--no-export"]
 
         first = saq("quantize", MODEL, *options, "--run-dir", tmp_path / "run")
         broken.unlink()
@@ -430,7 +430,7 @@ def _command(digits: Path, run: Path) -> list[str]:
     """A run with every kind of state that a checkpoint must hold."""
     options = [
         *(*float_options(digits, digits / "few"), "--bits", "3", "--epochs", "2", "--quiet"),
-        *("--batch-size", "48", "--set", "data.verify_images=20", "--run-dir", str(run)),
+        *("--batch-size", "48", "--no-export", "--run-dir", str(run)),
         *("--sam-interval", "3", "--sam-reuse", "0.5", "--ema", "0.9", "--mixup", "0.2", "--cutmix", "0.5"),
         *("--distill", "--micro-batch", "24", "--clip-grad", "1"),
     ]

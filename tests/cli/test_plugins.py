@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.digits import MODEL, float_options
-from tests.support.plugins import run_python, run_saq
+from tests.support.plugins import run_python
 
 FAMILIES = ("searchers", "instruments", "quantizers", "minimizers", "styles")
 MODULE = """
@@ -57,6 +57,13 @@ for words in ("saq search --searcher ", "saq quantize --method c"):
     environment["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
     found[words] = CliRunner().invoke(app, [], env=environment, prog_name="saq").stdout.split()
 print(json.dumps(found))
+"""
+TELL = """
+import json
+from tests.support.command_line import saq
+
+results = {name: saq(*words) for name, words in commands}
+print(json.dumps({name: [result.exit_code, result.stderr] for name, result in results.items()}))
 """
 
 
@@ -150,14 +157,19 @@ def test_failing_plugins_are_named(digits: Path, tmp_path: Path) -> None:
     network = (MODEL, *float_options(digits, digits / "few"), "--workers", 0)
     search = ("search", *network, "--budget", "w4a4", "--searcher", "boom", "--run-dir", tmp_path / "run")
     analyze = ("analyze", *network, "--bits", 4, "--images", 20, "--boom", "--out", tmp_path / "out")
-    for word, command in (("searcher", search), ("instrument", analyze)):
-        done = run_saq(*command, folders=(tmp_path,))
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == (
+    commands = {"searcher": search, "instrument": analyze, "traceback": (*search, "--overwrite", "--verbose")}
+    told = [[name, [str(word) for word in command]] for name, command in commands.items()]
+    done = run_python(f"commands = {told}\n{TELL}", folders=(tmp_path,))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for word in ("searcher", "instrument"):
+        code, stderr = found[word]
+        assert code == 1
+        assert stderr.splitlines()[-1] == (
             f"error: {word} boom of package saq-boom failed (ValueError: boom): mend or remove that package, or "
             "choose another"
         )
-    assert "raise ValueError" in run_saq(*search, "--overwrite", "--verbose", folders=(tmp_path,)).stderr
+    assert "raise ValueError" in found["traceback"][1]
 
 
 def test_first_of_two_packages_keeps_the_name(found: Any) -> None:

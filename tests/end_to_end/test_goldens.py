@@ -53,14 +53,26 @@ FIGURES = (
 DEPTH = 3  # of the keys in JSON that are compared
 
 
+# Runs a script with the package of a tree, and reads the operators of ONNX once instead of in every export.
+START = """
+import pathlib, runpy, sys
+
+tree, root, *sys.argv = sys.argv[1:]
+import saqcli
+assert pathlib.Path(saqcli.__file__).is_relative_to(tree), saqcli.__file__
+import onnxscript, torch.onnx._internal.exporter._core
+sys.path.append(root)
+from tests.support.operators import read_once
+assert read_once()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run_goldens(tree: Path, folder: Path) -> Any:
     """What the script records with the package of ``tree``, in a process of its own."""
     out = folder / "records.json"
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    asked = [sys.executable, "-c", "import saqcli; print(saqcli.__file__)"]
-    found = subprocess.run(asked, env=environment, cwd=folder, capture_output=True, text=True, check=True)
-    assert Path(found.stdout.strip()).is_relative_to(tree)
-    command = [sys.executable, str(SCRIPT), str(out)]
+    command = [sys.executable, "-c", START, *map(str, (tree, ROOT, SCRIPT, out))]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(encoding="utf-8"))

@@ -37,7 +37,7 @@ def calibration(quantizer: str, digits: Path, run: Path) -> list[object]:
 
 
 def calibrated(quantizer: str, digits: Path, run: Path) -> dict[str, Any]:
-    answer: dict[str, Any] = saq(*calibration(quantizer, digits, run))
+    answer: dict[str, Any] = saq(*calibration(quantizer, digits, run), "--no-export")
     return answer
 
 
@@ -141,8 +141,18 @@ def test_published_search_finds_bits(
     """One controller phase of ``paper-samq`` follows an epoch of even draws at ten times the learning rate."""
     more = ("--set", "search.options.samq.milestones=[1]") if name == "paper-samq" else ()
     answer = saq(
-        *("search", MODEL, *float_options(digits), "--recipe", name, "--budget", "w4a4", *options, *more),
-        *("--search-images", 400, "--set", "data.batch_size=32", "--set", "data.augmentation=none"),
+        *(
+            "search",
+            MODEL,
+            *float_options(digits, digits / "few"),
+            "--recipe",
+            name,
+            "--budget",
+            "w4a4",
+            *options,
+            *more,
+        ),
+        *("--search-images", 200, "--set", "data.batch_size=32", "--set", "data.augmentation=none"),
         *("--run-dir", tmp_path / "run"),
     )
     assert answer["searcher"] == name.removeprefix("paper-")

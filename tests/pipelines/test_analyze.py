@@ -24,7 +24,7 @@ from tests.support.digits import MODEL, float_options
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated run without fine-tuning."""
     path = tmp_path_factory.mktemp("analyze") / "calibrated"
-    options = ("--bits", 4, "--epochs", 0, "--run-dir", path, "--set", "data.verify_images=20")
+    options = ("--bits", 4, "--epochs", 0, "--run-dir", path, "--no-export")
     answer("quantize", MODEL, *float_options(digits, digits / "few"), *options)
     return path
 
@@ -136,7 +136,7 @@ class TestTargets:
         self, digits: Path, data: tuple[object, ...], tmp_path: Path, options: tuple[str, ...]
     ) -> None:
         run = tmp_path / "run"
-        quick = ("--bits", 4, "--epochs", 0, "--run-dir", run, "--set", "data.verify_images=20")
+        quick = ("--bits", 4, "--epochs", 0, "--run-dir", run, "--no-export")
         answer("quantize", MODEL, *float_options(digits, digits / "few"), *quick, *options)
 
         found = answer("analyze", run, *data, "--flips")["instruments"]["flips"]
@@ -384,6 +384,6 @@ def test_unexportable_network_can_be_analyzed(
         raise AssertionError("an export was tried")
 
     monkeypatch.setattr(calibration, "_try_export", refuse)
-    options = ("--bits", 4, "--distributions", "--images", 20, "--out", tmp_path / "out", "--quiet")
+    options = ("--bits", 4, "--sharpness", "--images", 20, "--out", tmp_path / "out", "--quiet")
     result = saq("analyze", MODEL, *float_options(digits, digits / "few"), *options)
     assert result.exit_code == 0, result.stderr

@@ -35,6 +35,8 @@ RUNS = (
     *("--bits", "w4a4", "--set", "data.augmentation=none", "--batch-size", 64, "--workers", 0),
     *("--set", "data.verify_images=20"),
 )
+SHORT = ("--set", "search.epochs=1", "--set", "run.checkpoint_minutes=10")
+NO_FILES = ("--no-export",)  # where none is read: tracing takes most of the time
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_two_ranks_equal_two_chunks(
 ) -> None:
     """Halves are summed exactly, so no bit differs; running statistics are averaged, not updated twice."""
     alone = tmp_path / "alone"
-    answer("quantize", *few, *RUNS, "--epochs", 2, "--sharpness-batch", 32, "--run-dir", alone)
+    answer("quantize", *few, *RUNS, "--epochs", 2, *NO_FILES, "--sharpness-batch", 32, "--run-dir", alone)
     one, other = state_of(alone), state_of(pair[0])
 
     assert {len(state["ranks"]) for state in (one, other)} == {1, 2}
@@ -137,7 +139,7 @@ def stopped(
 ) -> tuple[Path, list[tuple[int, str, str]]]:
     """A run of two processes of which the second was interrupted, and their output."""
     run = tmp_path_factory.mktemp("stopped") / "run"
-    options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
+    options = ("quantize", *few, *RUNS, *NO_FILES, "--epochs", 2, "--run-dir", run, "--quiet")
     return run, ranks_saq(2, *options, before=raise_signal_in(step=2, rank=1))
 
 
@@ -156,7 +158,7 @@ def test_interrupted_ranks_resume_bit_identically(
     assert state_of(run)["position"] == {"epoch": 0, "step": 2}
 
     # torchrun restarts the same command after a failure: it resumes without --resume
-    options = ("quantize", *few, *RUNS, "--epochs", 2, "--run-dir", run, "--quiet")
+    options = ("quantize", *few, *RUNS, *NO_FILES, "--epochs", 2, "--run-dir", run, "--quiet")
     again = ranks_saq(2, *options, TORCHELASTIC_RESTART_COUNT="1")
     assert [code for code, _, _ in again] == [0, 0], again[0][2]
     assert same(state_of(run), state_of(pair[0]))
@@ -182,6 +184,7 @@ def test_error_of_one_rank_stops_all(few: list[object], tmp_path: Path) -> None:
         "quantize",
         *few,
         *RUNS,
+        *NO_FILES,
         "--epochs",
         2,
         "--run-dir",
@@ -206,7 +209,7 @@ def test_unreadable_image_is_named_by_its_rank(few: list[object], digits: Path, 
     split = open_split(str(images), "train", num_classes=10)
     place = order_of(split.images, 0, 0)[40]  # of the second half of the first batch
     Path(split.dataset.source[place][0]).write_bytes(b"no image")  # type: ignore[index,arg-type]
-    options = [MODEL, *float_options(digits, images), *RUNS, "--set", "data.calibration_images=1"]
+    options = [MODEL, *float_options(digits, images), *RUNS, *NO_FILES, "--set", "data.calibration_images=1"]
 
     ended = ranks_saq(2, "quantize", *options, "--epochs", 1, "--run-dir", tmp_path / "run", "--quiet")
 
@@ -276,7 +279,18 @@ def check_same_draws(rank: int) -> None:
 
 
 def test_search_bits_agree_on_all_ranks(few: list[object], tmp_path: Path) -> None:
-    options = ("search", *few, "--batch-size", 32, "--workers", 0, *STOPPED, "--run-dir", tmp_path / "run")
+    options = (
+        "search",
+        *few,
+        "--batch-size",
+        32,
+        "--workers",
+        0,
+        *STOPPED,
+        *SHORT,
+        "--run-dir",
+        tmp_path / "run",
+    )
     ended = ranks_saq(2, *options, before=check_same_draws)
 
     assert [code for code, _, _ in ended] == [0, 0], ended

@@ -28,6 +28,7 @@ from tests.support.sweeps import sweep
 FREE, FIXED = 10_027_008, 36_864 + 640  # MACs of the network; first layer and classifier have 8 bits
 UNIFORM = {bits: FREE * bits**2 + FIXED * 64 for bits in (2, 3, 4, 8)}  # its BOPs by bit-width
 SMALL = ("--search-images", 192, "--scoring-images", 48, "--batch-size", 32, "--workers", 0)
+QUICK = ("--searcher", "error")  # where the claim is about the request; all searchers keep the same contract
 FAST: dict[str, tuple[object, ...]] = {
     "samq": (
         *("--epochs", 1, "--set", "search.options.samq.warmup=0"),
@@ -283,7 +284,7 @@ def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Pat
     policy = tmp_path / "search" / "policy.json"
     run = answer(
         *("quantize", *network, "--policy", policy, "--epochs", 0, "--run-dir", tmp_path / "run"),
-        *sets(**{"data.verify_images": 8}),
+        "--no-export",
     )
     assert run["top1"] == run["calibrated_top1"] == found["scoring_top1"]
     assert run["images"] == 120
@@ -294,7 +295,7 @@ def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Pat
 
 def test_pins_are_respected(network: list[object], tmp_path: Path) -> None:
     found = answer(
-        *("search", *network, "--budget", "w4a4", "--run-dir", tmp_path / "run"),
+        *("search", *network, "--budget", "w4a4", *QUICK, "--run-dir", tmp_path / "run"),
         *(
             "--pin",
             "layer3.*=2",
@@ -320,7 +321,7 @@ def test_pins_are_respected(network: list[object], tmp_path: Path) -> None:
 
 
 def test_budget_may_be_size_only(network: list[object], tmp_path: Path) -> None:
-    found = answer("search", *network, "--size", "120KB", "--run-dir", tmp_path / "run")
+    found = answer("search", *network, "--size", "120KB", *QUICK, "--run-dir", tmp_path / "run")
     assert (found["budget_bops"], found["budget_bytes"]) == (None, 120_000)
     assert 0.985 * 120_000 <= found["size_bytes"] <= 120_000
 
@@ -332,7 +333,8 @@ def test_budget_may_be_size_only(network: list[object], tmp_path: Path) -> None:
 def test_two_budgets_hold_and_one_is_used(
     bops: str, size: str, network: list[object], tmp_path: Path
 ) -> None:
-    found = answer("search", *network, "--budget", bops, "--size", size, "--run-dir", tmp_path / "run")
+    given = ("--budget", bops, "--size", size, *QUICK, "--run-dir", tmp_path / "run")
+    found = answer("search", *network, *given)
     used = (found["bops"] / found["budget_bops"], found["size_bytes"] / found["budget_bytes"])
     assert max(used) <= 1
     assert max(used) >= 0.985
@@ -340,7 +342,7 @@ def test_two_budgets_hold_and_one_is_used(
 
 def test_activation_candidates_are_separate(network: list[object], tmp_path: Path) -> None:
     found = answer(
-        *("search", *network, "--budget", "w4a4", "--run-dir", tmp_path / "run"),
+        *("search", *network, "--budget", "w4a4", *QUICK, "--run-dir", tmp_path / "run"),
         *("--candidates", "2,4,8", "--activation-candidates", "3,5"),
     )
     free = [bits for name, bits in found["policy"].items() if name not in ("conv1", "linear")]
@@ -359,7 +361,7 @@ def test_default_folder_name(network: list[object], tmp_path: Path, monkeypatch:
 def test_search_classes_are_sampled(network: list[object], tmp_path: Path) -> None:
     found = answer(
         *("search", *network, "--budget", "w3a3", "--search-classes", 3, "--pareto", 2),
-        *("--scoring-images", 36),
+        *("--scoring-images", 36, "--searcher", "random", *FAST["random"]),
         *("--run-dir", tmp_path / "run"),
     )
     assert found["bops"] <= UNIFORM[3]
@@ -388,8 +390,8 @@ def test_proxy_policy_fits_another_network(digits: Path, tmp_path: Path) -> None
 def test_proxy_without_weights_is_trained_first(digits: Path, tmp_path: Path) -> None:
     result = saq(
         *("search", MODEL, "--num-classes", 100, "--in-chans", 1, "--input-size", 32, "--no-pretrained"),
-        *("--mean", 0.305, "--std", 0.376, "--data", digits / "images", *SMALL, "--budget", "w4a4"),
-        *("--proxy", "input_size=16", "--run-dir", tmp_path / "run"),
+        *("--mean", 0.305, "--std", 0.376, "--data", digits / "few", *SMALL, "--budget", "w4a4"),
+        *("--proxy", "input_size=16", "--searcher", "random", *FAST["random"], "--run-dir", tmp_path / "run"),
     )
     assert result.exit_code == 0, result.stderr
     assert "proxy: training top-1" in result.stderr
@@ -551,7 +553,7 @@ def test_overwrite_removes_the_previous_search(
 ) -> None:
     path = tmp_path / "run"
     shutil.copytree(plain[0], path)
-    found = answer("search", *network, "--budget", "w4a4", "--run-dir", path, "--overwrite")
+    found = answer("search", *network, "--budget", "w4a4", *QUICK, "--run-dir", path, "--overwrite")
     assert found["budget_bops"] == UNIFORM[4]
     assert not list(path.glob("pareto.*"))
     assert json.loads((path / "policy.json").read_text())["layers"] == found["policy"]

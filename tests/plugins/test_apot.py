@@ -12,6 +12,10 @@ from tests.support.plugins import plugin_folder, run_python, run_saq, run_tests
 QUANTIZERS = ("--weight-quantizer", "apot", "--activation-quantizer", "lsq")
 FEW = ("--workers", 0, "--set", "data.calibration_images=64", "--set", "data.verify_images=20")
 NO_DATA = ("--data", "tests", "--no-pretrained", "--run-dir", "no/such")
+CONTRACT = (
+    *("tests/quant/test_quantizers.py", "tests/quant/test_convert.py", "tests/quant/test_layer.py"),
+    *("tests/export/test_every_quantizer.py", "tests/training/test_efficient.py"),
+)
 LEVELS = """
 import json
 from saq_apot import ApotWeight
@@ -78,16 +82,8 @@ def test_levels_are_those_of_the_authors(folders: tuple[Path, ...]) -> None:
         assert len(found[bits]) == 2 ** (bits - 1)
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        ("tests/quant/test_quantizers.py", "tests/quant/test_convert.py", "tests/quant/test_layer.py"),
-        ("tests/export/test_every_quantizer.py", "tests/training/test_efficient.py"),
-    ],
-    ids=["quantizers", "networks"],
-)
-def test_keeps_the_contract_of_quantizers(files: tuple[str, ...], folders: tuple[Path, ...]) -> None:
-    done = run_tests(*files, "-k", "apot", folders=folders)
+def test_keeps_the_contract_of_quantizers(folders: tuple[Path, ...]) -> None:
+    done = run_tests(*CONTRACT, "-k", "apot", folders=folders)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 

@@ -53,9 +53,17 @@ def test_keeps_the_contract_of_searchers(folders: tuple[Path, ...]) -> None:
     assert " passed" in done.stdout
 
 
-def test_search_resumes_after_an_interruption(folders: tuple[Path, ...]) -> None:
-    done = run_python(RESUME, folders=folders)
-    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+@pytest.fixture(scope="module")
+def told(folders: tuple[Path, ...]) -> tuple[str, str, str]:
+    """What both programs print in one process, the wrong options first, and their errors."""
+    done = run_python(f"{WRONG}\nprint()\n{RESUME}", folders=folders)
+    wrong, _, resumed = done.stdout.partition("\n\n")
+    return wrong, resumed, done.stderr
+
+
+def test_search_resumes_after_an_interruption(told: tuple[str, str, str]) -> None:
+    _, resumed, stderr = told
+    assert resumed == "3\n", stderr
 
 
 @pytest.mark.slow
@@ -80,13 +88,13 @@ def test_saq_quantize_searches_with_it(folders: tuple[Path, ...], digits: Path, 
     assert found["bops"] <= found["budget_bops"]
 
 
-def test_wrong_options_are_one_line(folders: tuple[Path, ...]) -> None:
-    done = run_python(WRONG, folders=folders)
+def test_wrong_options_are_one_line(told: tuple[str, str, str]) -> None:
+    wrong, _, stderr = told
     says = (
         "by 'luck' is not known: choose from error, loss",
         "searcher greedy has no x: its options are by",
         "searcher greedy does not train: remove --epochs",
     )
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(says), done.stderr
+    lines = wrong.splitlines()
+    assert len(lines) == len(says), stderr
     assert all(text in line for text, line in zip(says, lines, strict=True)), lines

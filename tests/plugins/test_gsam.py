@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.digits import MODEL, float_options
-from tests.support.plugins import plugin_folder, run_python, run_saq, run_tests
+from tests.support.plugins import Done, plugin_folder, run_python, run_tests
 
 CONTRACT = [f"tests/training/test_{name}.py" for name in ("minimizers", "efficient", "training", "recovery")]
 
@@ -23,11 +23,13 @@ def test_contract_tests_pass(folder: Path) -> None:
     assert "passed" in done.stdout
 
 
-def test_zero_alpha_is_saq(folder: Path) -> None:
-    """And another one differs."""
-    program = """
+PROGRAM = """
+import json
+from tests.support.command_line import saq
 from tests.support.steps import assert_bitwise_equal, batch, chunks_of, make, sgd, snapshot, trainable
 
+trained = saq(*command)
+print(json.dumps([saq("quantize", "--help").stdout, trained.exit_code, trained.stderr]))
 ends = []
 for method, options in (("saq", {}), ("gsam", {"alpha": 0.0}), ("gsam", {})):
     model = trainable("conv_bn")
@@ -42,20 +44,37 @@ try:
 except AssertionError:
     print("differs")
 """
-    done = run_python(program, folders=(folder,))
-    assert done.stdout == "differs\n", done.stderr
 
 
-def test_command_line_trains_with_it(folder: Path, digits: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gsam") / "run"
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path, digits: Path, run: Path) -> Done:
+    """One process that trains by the command line, prints its help, and compares steps with those of SAQ."""
     given = (
         *("quantize", MODEL, *float_options(digits, digits / "few"), "--workers", 0, "--batch-size", 32),
-        *("--bits", 4, "--epochs", 1, "--method", "gsam", "--no-export", "--run-dir", tmp_path / "run"),
+        *("--bits", 4, "--epochs", 1, "--method", "gsam", "--no-export", "--run-dir", run),
+        *("--set", "training.minimizer.alpha=0.3", "--json"),
     )
-    done = run_saq(*given, "--set", "training.minimizer.alpha=0.3", "--json", folders=(folder,))
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["minimizer"] == {
-        "alpha": 0.3
-    }
+    return run_python(f"command = {[str(word) for word in given]}\n{PROGRAM}", folders=(folder,))
+
+
+def test_zero_alpha_is_saq(done: Done) -> None:
+    """And another one differs."""
+    assert done.stdout.splitlines()[1:] == ["differs"], done.stderr
+
+
+def test_command_line_trains_with_it(done: Done, run: Path) -> None:
+    _, code, stderr = json.loads(done.stdout.splitlines()[0])
+    assert code == 0, stderr
+    assert json.loads((run / "config.json").read_text())["training"]["minimizer"] == {"alpha": 0.3}
+
+
+def test_help_lists_it(done: Done) -> None:
+    assert "gsam" in json.loads(done.stdout.splitlines()[0])[0]
 
 
 @pytest.mark.slow
@@ -78,7 +97,3 @@ for wrong in (["--set", "training.minimizer.alpha=-1"], ["--set", "training.mini
     lines = done.stdout.splitlines()
     assert len(lines) == len(says), done.stdout + done.stderr
     assert all(text in line for text, line in zip(says, lines, strict=True)), lines
-
-
-def test_help_lists_it(folder: Path) -> None:
-    assert "gsam" in run_saq("quantize", "--help", folders=(folder,)).stdout

@@ -36,6 +36,7 @@ for more in ((*setting, "--quiet"), (*setting, "--resume", "--json"), ("--resume
     found.append([result.exit_code, result.stdout, result.stderr])
 print(json.dumps(found))
 """
+BETWEEN = "=" * 20
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +54,33 @@ def test_keeps_the_contract_of_instruments(folders: tuple[Path, ...]) -> None:
     assert " passed" in done.stdout
 
 
-def test_help_lists_it_without_importing_it(folders: tuple[Path, ...]) -> None:
-    done = run_python(HELP, folders=folders)
+@pytest.fixture(scope="module")
+def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sparsity") / "run"
+    network, calibrated = float_options(digits, digits / "few"), ("--bits", 3, "--epochs", 0, "--no-export")
+    answer("quantize", MODEL, *network, *calibrated, "--run-dir", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def told(run: Path, digits: Path, folders: tuple[Path, ...]) -> list[str]:
+    """What the three programs print in one process."""
+    data, against = ("--data", digits / "few", "--images", 20), run / "artifacts" / "model.safetensors"
+    command = ("analyze", run, *data, "--sparsity", "--against", against, "--out", run.parent / "out")
+    given = f"command = {[str(word) for word in command]}\n"
+    between = f"print({BETWEEN!r})\n"
+    done = run_python(given + between.join((HELP, WRONG, ANALYZE)), folders=folders)
     assert done.returncode == 0, done.stderr
-    assert "--sparsity" in done.stdout
-    assert "package saq-sparsity: An instrument for saq" in " ".join(done.stdout.split())
+    return done.stdout.split(f"{BETWEEN}\n")
 
 
-def test_wrong_settings_are_one_line(folders: tuple[Path, ...]) -> None:
-    lines = run_python(WRONG, folders=folders).stdout.splitlines()
+def test_help_lists_it_without_importing_it(told: list[str]) -> None:
+    assert "--sparsity" in told[0]
+    assert "package saq-sparsity: An instrument for saq" in " ".join(told[0].split())
+
+
+def test_wrong_settings_are_one_line(told: list[str]) -> None:
+    lines = told[1].splitlines()
     says = (
         "--set sparsity.nothing=1: sparsity has no nothing: its settings are threshold",
         "settings of sparsity",
@@ -74,18 +93,9 @@ def test_wrong_settings_are_one_line(folders: tuple[Path, ...]) -> None:
     assert all(text in line for text, line in zip(says, lines, strict=True)), lines
 
 
-def test_saq_analyze_writes_compares_and_resumes(
-    folders: tuple[Path, ...], digits: Path, tmp_path: Path
-) -> None:
-    run, out, data = tmp_path / "run", tmp_path / "out", ("--data", digits / "few", "--images", 20)
-    network, calibrated = float_options(digits, digits / "few"), ("--bits", 3, "--epochs", 0, "--no-export")
-    answer("quantize", MODEL, *network, *calibrated, "--run-dir", run)
-    file = run / "artifacts" / "model.safetensors"
-    command = ("analyze", run, *data, "--sparsity", "--against", file, "--out", out)
-
-    done = run_python(f"command = {[str(word) for word in command]}\n{ANALYZE}", folders=folders)
-    assert done.returncode == 0, done.stderr
-    shown, again, other = json.loads(done.stdout)
+def test_saq_analyze_writes_compares_and_resumes(told: list[str], run: Path) -> None:
+    shown, again, other = json.loads(told[2])
+    out = run.parent / "out"
 
     assert (shown[0], shown[2]) == (0, "")
     assert "weights at zero" in shown[1]

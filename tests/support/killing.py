@@ -359,9 +359,10 @@ def _serve() -> None:
 
     import torch
 
-    from saqcli.pipelines import export
+    from saqcli.pipelines import calibration
 
-    export._try_export = lambda *_: None  # type: ignore[assignment]  # before there is a run to be killed
+    assert calibration._try_export
+    calibration._try_export = lambda *_: None  # type: ignore[assignment]  # before there is a run to be killed
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

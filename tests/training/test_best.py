@@ -36,7 +36,7 @@ def degraded_run(digits: Path, images: Path, tmp_path_factory: pytest.TempPathFa
     """A run with a far too high learning rate, and its output."""
     run = tmp_path_factory.mktemp("degraded") / "run"
     given = ("--bits", 4, "--epochs", EPOCHS, "--lr", 0.5, "--ema", 0.5, "--batch-size", 48, "--workers", 0)
-    options = (*float_options(digits, images), *given, "--set", "data.verify_images=20")
+    options = (*float_options(digits, images), *given, "--no-export")
     return run, answer("quantize", MODEL, *options, "--run-dir", run)
 
 
@@ -127,7 +127,7 @@ def test_checkpoints_without_best_state_resume(degraded_run: tuple[Path, Any], t
 
 
 def test_calibration_is_exported_without_training(digits: Path, images: Path, tmp_path: Path) -> None:
-    options = (*float_options(digits, images), "--bits", 8, "--epochs", 0, "--set", "data.verify_images=20")
+    options = (*float_options(digits, images), "--bits", 8, "--epochs", 0, "--no-export")
 
     found = answer("quantize", MODEL, *options, "--run-dir", tmp_path)
 

@@ -322,11 +322,19 @@ def per_channel(values: Tensor, like: Tensor, channels: int) -> Tensor:
 
 
 def _moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every channel; in two passes, of which each is vectorized, unlike that of ``var_mean``."""
+    """Mean and variance of every channel.
+
+    Within an image in two passes, which unlike that of ``var_mean`` are vectorized; over images in double precision. Few
+    bits amplify errors: the last digits of a mean can decide a rounding in every later layer.
+    """
     dtype, x = x.dtype, x.detach()
     x = x.float() if x.itemsize < 4 else x  # sums of squares exceed half precision
-    dims = [d for d in range(x.dim()) if d != channels % x.dim()]
-    mean = x.mean(dims, keepdim=True)
-    norm = torch.linalg.vector_norm(x - mean, dim=dims)
-    variance = norm**2 * (norm.numel() / max(x.numel(), 1))
-    return mean.flatten().to(dtype), variance.to(dtype)
+    inner = [d for d in range(1, x.dim()) if d != channels % x.dim()]
+    means, variances = x, torch.zeros_like(x[:1])
+    if inner:
+        means = x.mean(inner, keepdim=True)
+        norms = torch.linalg.vector_norm(x - means, dim=inner)
+        means, variances = means.reshape(norms.shape), norms**2 * (norms.numel() / max(x.numel(), 1))
+    means, variances = means.double(), variances.double()
+    mean = means.mean(0)
+    return mean.to(dtype), (variances.mean(0) + (means - mean).square().mean(0)).to(dtype)

@@ -324,8 +324,8 @@ def per_channel(values: Tensor, like: Tensor, channels: int) -> Tensor:
 def _moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of every channel.
 
-    Within an image in two passes, which unlike that of ``var_mean`` are vectorized; over images in double precision. Few
-    bits amplify errors: the last digits of a mean can decide a rounding in every later layer.
+    Within an image in two passes, which unlike that of ``var_mean`` are vectorized; over images in double precision.
+    Few bits amplify errors: the last digits of a mean can decide a rounding in every later layer.
     """
     dtype, x = x.dtype, x.detach()
     x = x.float() if x.itemsize < 4 else x  # sums of squares exceed half precision

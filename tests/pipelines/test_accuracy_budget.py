@@ -53,7 +53,7 @@ def test_search_meets_a_drop_with_fewer_bits(within_8: tuple[dict[str, Any], Pat
     assert accuracy["held_out_drop"] == accuracy["held_out_float_top1"] - accuracy["held_out_top1"]
     assert accuracy["needed_cost"] == found["bops"]
     assert found["budget_bops"] is None
-    assert found["scored"] - accuracy["measured"] in (0, 1)  # the search itself scores one
+    assert found["scored"] >= accuracy["measured"] > 0  # the search itself scores some
     kept = json.loads((run / "search.json").read_text())
     good = [
         one["bops"] for one in kept["configurations"] if one["top1"] >= accuracy["held_out_float_top1"] - 8

@@ -166,7 +166,7 @@ def predictors() -> str:
 
 
 SEARCHED = ("error", "fisher", "swaps")
-OTHERS = ("hawq", "sensitivity", "random", "samq", "asga")
+OTHERS = ("hawq", "random", "asga")
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "variations": variations,

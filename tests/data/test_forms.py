@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -472,15 +473,17 @@ class TestCifar:
 
     def test_marks_take_linear_time(self, tmp_path: Path) -> None:
         write_cifar10(tmp_path / "set", list(CLASSES))
-        seconds = []
-        for size in (20_000, 200_000):
+        seconds: dict[int, float] = {}
+        for size in (20_000, 200_000) * 3:  # the least of three times, since other processes disturb
             (tmp_path / "set" / "test_batch").write_bytes(b"]" * size + b"(e" * size + b".")
             start = time.process_time()
             with pytest.raises(DataError, match="it holds no dictionary"):
                 opened(tmp_path / "set")
-            seconds.append(time.process_time() - start)
+            seconds[size] = min(seconds.get(size, math.inf), time.process_time() - start)
 
-        assert seconds[1] < 40 * seconds[0]  # a hundred times of it, if each mark were searched for
+        assert (
+            seconds[200_000] < 40 * seconds[20_000]
+        )  # a hundred times of it, if each mark were searched for
 
     def test_arrays_of_one_string_are_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cifar, "LARGEST_FILE", 100_000)

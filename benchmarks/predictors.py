@@ -31,7 +31,8 @@ from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Losses, relative_noise
 from saqcli.searchers.supernet import Scorer
-from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
+from saqcli.searchers.swaps import simple_choices
+from saqcli.searchers.uniforms import untied_uniforms
 
 # Higher is worse in all of them.
 SUMS = ("error", "fisher", "fitted", "hawq", "sensitivity")
@@ -42,8 +43,7 @@ def sums(problem: SearchProblem, scorer: Scorer) -> dict[str, Losses]:
     """The losses of every option by score."""
     hawq, space, alone = HAWQ(), problem.space, divergences(problem, 64)
     error, fisher = relative_noise(problem), add_divergences(space, alone)
-    starts = [best_choice(space, problem.budget, each) for each in (error, fisher)]
-    starts += [*untied_uniforms(space, problem.budget), largest_uniform(space, problem.budget)]
+    starts = simple_choices(space, problem.budget, fisher, error)
     return {
         "error": error,
         "fisher": fisher,

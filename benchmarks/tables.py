@@ -115,10 +115,10 @@ def methods() -> str:
             names = [f"`{key[0]}`" if key[0] != before[0] else "", key[1] if key != before else ""]
             before = key
             longer = re.search(r", \d+ epochs$", first["name"])
-            base = {
+            as_long = {
                 line["seed"]: line for line in group if longer and line["name"] == f"qat{longer[0]}"
             } or plain
-            pairs = [(line, base[line["seed"]]) for line in members if line["seed"] in base]
+            pairs = [(line, as_long[line["seed"]]) for line in members if line["seed"] in as_long]
             gains = [line["top1"] - base["top1"] for line, base in pairs]
             ratios = [
                 line["seconds"] / base["seconds"]

@@ -69,7 +69,7 @@ class Swaps:
             kept["divergences"] if "divergences" in kept else divergences(problem, self.images)
         )
         race = _Race(problem, self._first(problem), {"divergences": alone})
-        starts = _starts(space, budget, add_divergences(space, alone), relative_noise(problem))
+        starts = simple_choices(space, budget, add_divergences(space, alone), relative_noise(problem))
         uniforms = [tuple(choice) for choice in untied_uniforms(space, budget)]
         best = race.start(starts, uniforms)
         uniforms.sort(key=lambda choice: closeness(race.on_all(choice)))
@@ -180,8 +180,8 @@ def _total(losses: Losses, choice: Sequence[int]) -> float:
     return sum(row[option] for row, option in zip(losses, choice, strict=True))
 
 
-def _starts(space: SearchSpace, budget: Budget, losses: Losses, noise: Losses) -> list[Choice]:
-    """Distinct configurations within the budget."""
+def simple_choices(space: SearchSpace, budget: Budget, losses: Losses, noise: Losses) -> list[Choice]:
+    """Where a search starts: the optima of two sums, and uniform configurations; the most bits if these fit."""
     if budget.admits(space.ceiling):
         return [tuple(len(decision.options) - 1 for decision in space.decisions)]
     found = [best_choice(space, budget, each) for each in (losses, noise)]

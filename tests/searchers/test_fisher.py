@@ -28,7 +28,7 @@ from saqcli.searchers.fit import fitted, tied
 from saqcli.searchers.problem import Scored, SearchProblem
 from saqcli.searchers.separable import Key, Losses, relative_noise
 from saqcli.searchers.supernet import CalibratedNetwork
-from saqcli.searchers.swaps import Swaps, _filled, _Race, _starts
+from saqcli.searchers.swaps import Swaps, _filled, _Race, simple_choices
 from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
 from tests.support.searching import Stopping, fresh, random_problem, search_images, tiny_problem
 
@@ -168,7 +168,7 @@ def test_swap_is_kept_where_sums_mislead() -> None:
     problem = random_problem(21)
     found = Swaps(images=8, swaps=12).search(fresh(problem))
     losses = add_divergences(problem.space, divergences(fresh(problem), 8))
-    starts = _starts(problem.space, problem.budget, losses, relative_noise(fresh(problem)))
+    starts = simple_choices(problem.space, problem.budget, losses, relative_noise(fresh(problem)))
     scorer = Scorer(fresh(problem))
     assert closeness(scorer(found.choice)) < min(closeness(scorer(start)) for start in starts)
 

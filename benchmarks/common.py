@@ -76,6 +76,12 @@ def facts(benchmark: str) -> dict[str, Any]:
     }
 
 
+def origin(wanted: argparse.Namespace) -> dict[str, Any]:
+    """Network and circumstances, in every line of a script whose results are collected in ``results/``."""
+    about = facts("")
+    return {"model": wanted.model, **{name: about[name] for name in ("date", "commit", "cpu", "threads")}}
+
+
 def commit() -> str | None:
     """The commit that is checked out; None outside a repository."""
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_json, append, parser, read, show, spread
+from common import add_json, append, origin, parser, read, show, spread
 
 from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images
@@ -44,10 +44,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "asaq": {"method": "asaq"},
     "saq weights": {"method": "saq", "perturb": "weights"},
     "saq norms": {"method": "saq", "perturb": "norms"},
+    "saq clips": {"method": "saq", "minimizer": {"perturb": ["activation_clips", "weight_clips"]}},
+    "saq biases": {"method": "saq", "minimizer": {"perturb": ["biases"]}},
     "saq from 0.8": {"method": "saq", "sharpness_from": 0.8},
     "saq norms from 0.8": {"method": "saq", "perturb": "norms", "sharpness_from": 0.8},
     "saq interval 2": {"method": "saq", "sam_interval": 2},
     "saq norms interval 2": {"method": "saq", "perturb": "norms", "sam_interval": 2},
+    "saq norms interval 3": {"method": "saq", "perturb": "norms", "sam_interval": 3},
+    "saq norms fraction 0.25": {"method": "saq", "perturb": "norms", "ascent_fraction": 0.25},
     "msam": {"method": "msam"},
     "msam norms": {"method": "msam", "perturb": "norms"},
     "qat x2": {"method": "qat"},
@@ -191,10 +195,10 @@ def measure(wanted: argparse.Namespace) -> None:
                     continue
                 figures, state = run(prepared.config(method, seed), prepared)
                 line = {
+                    **origin(wanted),
                     "bits": bits,
                     "name": name,
                     "seed": seed,
-                    "threads": torch.get_num_threads(),
                     "epochs": prepared.config(method, seed).training.epochs,
                     "lr": wanted.lr,
                     "compile": wanted.compile,

@@ -3,7 +3,8 @@
     python benchmarks/searchers.py --model saq/resnet20 --weights FILE --data DIR --out results --seeds 3
 
 `--searchers untied` stands for the same widths in all layers, one for weights and one for inputs: every pair within the
-budget that no other exceeds is a row of its own. With `--epochs 0` policies are calibrated only.
+budget that no other exceeds is a row of its own, and `untied w4a3` one of them. With `--epochs 0` policies are
+calibrated only; with `--set reconstruction.enabled=true` they are reconstructed before they are trained.
 
 Every search and every fine-tuning is one line of ``results/results.jsonl``; existing lines are not run again, so the
 script can be interrupted and restarted. Equal policies are trained once. The cost of a search is given in epochs of
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_json, append, parser, read, show, spread
+from common import add_json, append, origin, parser, read, show, spread
 from torch import nn
 
 from saqcli.config import RunConfig, resolve
@@ -33,6 +34,7 @@ from saqcli.pipelines.find_bits import bind_search, find_bits, request_search
 from saqcli.pipelines.proxy import fit_proxy
 from saqcli.pipelines.quantize import load_teacher
 from saqcli.pipelines.setup import Network, classes_of, load_float, wrap_and_trace
+from saqcli.pipelines.stages import float_network, tensors_before, wanted_stages
 from saqcli.process_group import pick_device
 from saqcli.progress import SILENT
 from saqcli.quant.bits import BitConfig, parse_bits
@@ -145,19 +147,22 @@ class Bench:
         network, images = replace(self.network, model=copy.deepcopy(self.network.model)), self.images(config)
         return install_quantizers(config, network, policy, self.statistics, images, SILENT), images
 
-    def train(self, policy: BitConfig, seed: int) -> dict[str, float]:
-        """Calibrate at ``policy`` and train; returns the accuracy before and after, in percent."""
+    def train(self, policy: BitConfig, seed: int) -> dict[str, Any]:
+        """Calibrate, take the stages without labels, and train; the accuracy before and after, in percent."""
         config = self.config("w4a4", "uniform", seed)
+        weights = tensors_before(config, self.network.model)
         model, images = self.quantized(config, policy)
         before = score(model, images.validation(), "", self.device, SILENT)
         start = time.perf_counter()
+        for stage in wanted_stages(config).values():
+            stage(config, model, float_network(model, weights["float"]), images, NO_MEMORY, SILENT)
         if config.training.epochs:
             self.trainer(model, images, config).fit()
         seconds = time.perf_counter() - start
-        after = (
-            score(model, images.validation(), "", self.device, SILENT) if config.training.epochs else before
-        )
+        changed = config.training.epochs or wanted_stages(config)
+        after = score(model, images.validation(), "", self.device, SILENT) if changed else before
         return {
+            "stages": list(wanted_stages(config)),
             "calibrated": before.top1,
             "top1": after.top1,
             "loss": after.loss,
@@ -216,11 +221,13 @@ def measure(wanted: argparse.Namespace) -> None:
     chosen = wanted.searchers.split(";") if wanted.searchers else list(VARIANTS)
     for budget in wanted.budgets.split(","):
         for name in chosen:
-            if name == "untied":
+            if name.startswith("untied"):
                 for title, about in bench.untied(budget):
+                    if name not in ("untied", title):
+                        continue
                     key = {"kind": "search", "budget": budget, "name": title, "seed": 0}
                     if not any(key.items() <= line.items() for line in read(results)):
-                        append(results, {**key, **about})
+                        append(results, {**origin(wanted), **key, **about})
                     _train(bench, results, budget, title, 0, about)
                 continue
             for seed in range(wanted.search_seeds):
@@ -236,7 +243,7 @@ def _search(
     for line in read(results):
         if key.items() <= line.items():
             return line
-    line = {**key, **bench.search(budget, name, seed)}
+    line = {**origin(bench.wanted), **key, **bench.search(budget, name, seed)}
     folder = results.parent / "policies"
     make_folder(folder)
     write_text(
@@ -255,7 +262,8 @@ def _train(
         if any(key.items() <= line.items() for line in read(results)):
             continue
         figures = bench.train(BitConfig.model_validate(found["policy"]), seed)
-        append(results, {**key, "budget": budget, "name": title, "search_seed": search_seed, **figures})
+        about = {"budget": budget, "name": title, "search_seed": search_seed, "epochs": bench.wanted.epochs}
+        append(results, {**origin(bench.wanted), **key, **about, **figures})
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -100,6 +100,40 @@ def searchers() -> str:
     return "\n".join(rows)
 
 
+def trained() -> str:
+    """Top-1 after reconstruction or fine-tuning at every searcher's policy, from ``searchers.py``."""
+    rows = [
+        "| network, budget | then | calibrated: best uniform | swaps | after: uniform | best untied uniform | error | "
+        "fisher | swaps | gain |",
+        "|--|--|--|--|--|--|--|--|--|--|",
+    ]
+    for members in _groups(read(FOLDER / "results" / "trained.jsonl"), "model", "budget", "stages", "epochs"):
+        first = members[0]
+        found: dict[str, list[Line]] = {}
+        for line in members:
+            found.setdefault(line["name"], []).append(line)
+        plain = [name for name in found if name.startswith(("uniform", "untied"))]
+        best = {
+            figure: max(plain, key=lambda name: statistics.mean(line[figure] for line in found[name]))
+            for figure in ("calibrated", "top1")
+        }
+        cells = [
+            _mean([line[figure] for line in found[name]]) if name in found else ""
+            for figure, names in (
+                ("calibrated", (best["calibrated"], "swaps")),
+                ("top1", ("uniform", best["top1"], *SEARCHED)),
+            )
+            for name in names
+        ]
+        cells[3] += f" ({best['top1'].removeprefix('untied ')})"
+        gain = statistics.mean(line["top1"] for line in found["swaps"]) - statistics.mean(
+            line["top1"] for line in found[best["top1"]]
+        )
+        then = ", ".join([*first["stages"], *([f"{first['epochs']} epochs"] if first["epochs"] else [])])
+        rows.append(f"| `{first['model']}`, {first['budget']} | {then} | {' | '.join(cells)} | {gain:+.2f} |")
+    return "\n".join(rows)
+
+
 def methods() -> str:
     """Top-1 and loss after fine-tuning with every method, from ``minimizers.py``."""
     rows = [
@@ -107,11 +141,11 @@ def methods() -> str:
         "|--|--|--|--|--|--|--|--|",
     ]
     lines, before = read(FOLDER / "results" / "minimizers.jsonl"), ("", "")
-    for group in _groups(lines, "model", "bits"):
+    for group in _groups(lines, "model", "bits", "precision"):
         plain = {line["seed"]: line for line in group if line["name"] == "qat"}
         for members in _groups(group, "name"):
             first = members[0]
-            key = first["model"], first["bits"]
+            key = first["model"], _start(first)
             names = [f"`{key[0]}`" if key[0] != before[0] else "", key[1] if key != before else ""]
             before = key
             longer = re.search(r", \d+ epochs$", first["name"])
@@ -172,9 +206,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "variations": variations,
     "searches": searches,
     "methods": methods,
+    "trained": trained,
     "predictors": predictors,
     "searchers": searchers,
 }
+
+
+def _start(line: Line) -> str:
+    """Bits, and what differs from the usual conditions."""
+    return line["bits"] + ("" if line["precision"] == "bfloat16" else f", {line['precision']}")
 
 
 def _variation(options: list[str]) -> str:

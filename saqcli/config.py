@@ -719,7 +719,7 @@ class TrainingSection(_Section):
     precision: Annotated[
         Literal["float32", "bfloat16", "auto"],
         Option(
-            "Precision of the forward pass, `auto` is the faster; quantizers stay in float32",
+            "Precision of the forward pass; `auto` is the faster, and float32 below 3 bits",
             panel=EFFICIENCY,
         ),
     ] = "float32"

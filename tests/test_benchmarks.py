@@ -64,6 +64,29 @@ def test_tables_of_the_documentation_are_current() -> None:
     assert script("tables.py")["page"](text) == text
 
 
+def test_collected_results_take_the_place_of_older_ones() -> None:
+    collect = script("collect.py")
+    about = {"model": "net", "date": "2026-11-30", "commit": "0", "cpu": "cpu", "budget": "w3a3"}
+    costs = {"bops": 5, "budget_bops": 6, "cpu_seconds": 1.0}
+    searches = [
+        {"kind": "search", **about, **costs, "name": name, "bits": bits, "policy": {}, "seed": 0}
+        for name, bits in (("uniform", "3 3"), ("swaps", "2 4"), ("error", "3 3"))
+    ]
+    run = {"kind": "train", "seed": 0, "method": "qat", "calibrated": 80.0, "loss": 0.5, "train_seconds": 1.0}
+    calibrated = [run | {"bits": bits, "stages": [], "epochs": 0, "top1": 80.0} for bits in ("3 3", "2 4")]
+    trained = run | {"bits": "2 4", "stages": ["reconstructed"], "epochs": 0, "top1": 85.0}
+    method = {"model": "net", "bits": "w2a2", "precision": "float32", "name": "qat", "seed": 0}
+    found = collect["collected"]([*searches, *calibrated, trained, method])
+    assert [row["name"] for row in found["searches.jsonl"]] == ["uniform", "swaps", "error"]
+    assert [(row["name"], row["top1"]) for row in found["trained.jsonl"]] == [("swaps", 85.0)]
+    assert found["minimizers.jsonl"] == [method]
+    assert all("policy" not in row for rows in found.values() for row in rows)
+    other = method | {"model": "other"}
+    new = [method | {"top1": 1.0}, method | {"seed": 1}]
+    merged = collect["merge"]([method, other], new, collect["KEYS"]["minimizers.jsonl"])
+    assert merged == [method | {"top1": 1.0}, method | {"seed": 1}, other]
+
+
 def test_goals_with_kernels_are_relative_to_eager_float() -> None:
     seconds = {
         "float_eager": 1.0,

@@ -6,7 +6,7 @@ run, all ranks and a rerun compute in the same way.
 
     kernels          one fused kernel for each quantizer, if the machine has a compiler
     memory format    channels_last where that makes the passes faster
-    precision        bfloat16 likewise, if ``training.precision`` is ``auto``
+    precision        bfloat16 likewise, if ``training.precision`` is ``auto`` and no layer has 2 bits or fewer
     compiled         the whole network by ``torch.compile``, if the steps ahead repay the time that it takes
 
 Compiled graphs are made for the sizes of whole batches; in training, other batches, such as a short last one, are
@@ -40,6 +40,7 @@ FASTER = 0.95  # of the time before: a smaller gain is noise
 GAIN = 0.3  # share of a step's time that compiling is expected to save
 SECONDS_A_LAYER = 3.0  # to compile, for lack of a measurement of this network
 ROUNDS = 3  # of which the first, which warms up and compiles, does not count
+LEAST_BITS = 3  # in bfloat16; with fewer it costs accuracy, see docs/speed.md
 MOST_GRAPHS = 1000  # of one function, such as the forward pass of the blocks of several networks
 LEAST_CHANNELS = 16  # see ``overruns``, which was seen below 8
 NOT_COMPILED = "torch.compile fails for this network, which runs without it"
@@ -249,7 +250,7 @@ def choose(
         found = seconds.faster(replace(found, kernels="fused"), found)
     if training.memory_format == "auto" and unsafe is None:
         found = seconds.faster(replace(found, memory_format="channels_last"), found)
-    if training.precision == "auto":
+    if training.precision == "auto" and _fewest_bits(model) >= LEAST_BITS:
         found = seconds.faster(replace(found, precision="bfloat16"), found)
     compiled = replace(compiled, memory_format=found.memory_format, precision=found.precision)
     if training.compile == "on":
@@ -263,6 +264,14 @@ def choose(
             f"{seconds(plain):.2g} s"
         )
     return found
+
+
+def _fewest_bits(model: nn.Module) -> float:
+    """The smallest width of all operands; infinite without quantizers."""
+    widths = [layer.bits for layer in quantized_layers(model).values()]
+    return min(
+        (width for bits in widths for width in (bits.weight, bits.activation) if width), default=math.inf
+    )
 
 
 def _compiling(seconds: float) -> str:

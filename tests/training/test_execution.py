@@ -18,7 +18,7 @@ from saqcli.quant.quantizers import quantizers_of
 from saqcli.training import execution
 from saqcli.training.execution import Engine, Execution, choose, overruns
 from saqcli.training.trainer import Trainer
-from tests.support.networks import CLASSES, NETWORKS, images, quantize, seeded
+from tests.support.networks import CLASSES, NETWORKS, images, quantize, same_bits, seeded
 from tests.support.steps import assert_bitwise_equal
 
 PLAIN = Execution()
@@ -342,8 +342,8 @@ class Timed:
         return wanted
 
 
-def chosen(timed: Timed, steps: int, **settings: Any) -> Execution:
-    model = quantize(NETWORKS["conv_bn"]).model
+def chosen(timed: Timed, steps: int, bits: int = 4, **settings: Any) -> Execution:
+    model = quantize(NETWORKS["conv_bn"], same_bits(bits)).model
     return choose(TrainingSection(**settings), timed, (16,), steps, True, model, lambda _: None)
 
 
@@ -373,6 +373,12 @@ def test_fastest_way_is_chosen(
     monkeypatch: pytest.MonkeyPatch, steps: int, settings: dict[str, Any], expected: Execution
 ) -> None:
     assert chosen(Timed(monkeypatch, seconds_of), steps, **settings) == expected
+
+
+@pytest.mark.parametrize(("bits", "precision"), [(2, "float32"), (3, "bfloat16")])
+def test_few_bits_stay_in_float32(monkeypatch: pytest.MonkeyPatch, bits: int, precision: str) -> None:
+    found = chosen(Timed(monkeypatch, seconds_of), 10_000, bits=bits, precision="auto", compile="off")
+    assert found.precision == precision
 
 
 @pytest.mark.parametrize("seconds", [seconds_of, lambda wanted: 1.0 - 0.6 * wanted.compiled])

@@ -1,0 +1,88 @@
+"""Add what ``minimizers.py`` and ``searchers.py`` measured to the result files that ``tables.py`` reads.
+
+    python benchmarks/collect.py results/results.jsonl [FILE ...]
+
+Rows of ``minimizers.py`` go to ``results/minimizers.jsonl``. Of ``searchers.py``, policies that were calibrated only go
+to ``results/searches.jsonl``, and those that were reconstructed or fine-tuned to ``results/trained.jsonl``. A row takes
+the place of an older one of the same network, settings and seed.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import plain_parser, read
+
+from saqcli.serialization import json_text, write_text
+
+FOLDER = Path(__file__).parent / "results"
+Line = dict[str, Any]
+# What makes two rows the same measurement, by file.
+KEYS = {
+    "minimizers.jsonl": ("model", "bits", "precision", "name", "seed"),
+    "searches.jsonl": ("model", "budget", "name"),
+    "trained.jsonl": ("model", "budget", "name", "stages", "epochs", "seed"),
+}
+POLICY = ("bops", "budget_bops", "cpu_seconds", "bits")
+
+
+def collected(lines: list[Line]) -> dict[str, list[Line]]:
+    """The rows of one file, by the file that they go to."""
+    searched = [line for line in lines if line.get("kind") == "search"]
+    trained = [line for line in lines if line.get("kind") == "train"]
+    found: dict[str, list[Line]] = {name: [] for name in KEYS}
+    found["minimizers.jsonl"] = [line for line in lines if "kind" not in line]
+    for search in searched:
+        about = {name: search[name] for name in ("model", "date", "commit", "cpu", "budget", "name", *POLICY)}
+        for run in trained:
+            if run["bits"] != search["bits"]:
+                continue
+            if run["epochs"] or run["stages"]:
+                figures = (
+                    "stages",
+                    "epochs",
+                    "method",
+                    "calibrated",
+                    "top1",
+                    "loss",
+                    "train_seconds",
+                    "seed",
+                )
+                found["trained.jsonl"].append(about | {name: run[name] for name in figures})
+            else:
+                found["searches.jsonl"].append(about | {"calibrated": run["calibrated"]})
+    return found
+
+
+def merge(old: list[Line], new: list[Line], by: tuple[str, ...]) -> list[Line]:
+    """``old`` with ``new`` in the place of rows of the same key, or behind the last row of the same network."""
+
+    def key(line: Line) -> list[Any]:
+        return [line[name] for name in by]
+
+    rows = list(old)
+    for line in new:
+        same = next((index for index, row in enumerate(rows) if key(row) == key(line)), None)
+        if same is not None:
+            rows[same] = line
+        else:
+            behind = [index for index, row in enumerate(rows) if key(row)[:2] == key(line)[:2]]
+            behind = behind or [index for index, row in enumerate(rows) if row["model"] == line["model"]]
+            rows.insert(behind[-1] + 1 if behind else len(rows), line)
+    return rows
+
+
+def main() -> None:
+    """Read the given files and write those of ``results/``."""
+    options: argparse.ArgumentParser = plain_parser(__doc__)
+    options.add_argument("files", nargs="+", type=Path)
+    for path in options.parse_args().files:
+        for name, new in collected(read(path)).items():
+            if new:
+                rows = merge(read(FOLDER / name), new, KEYS[name])
+                write_text(FOLDER / name, "".join(json_text(row) + "\n" for row in rows))
+                print(f"{path}: {len(new)} rows to results/{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
-"""Add what ``minimizers.py`` and ``searchers.py`` measured to the result files that ``tables.py`` reads.
+"""Add what ``minimizers.py``, ``eigenvalues.py`` and ``searchers.py`` measured to the files that ``tables.py`` reads.
 
     python benchmarks/collect.py results/results.jsonl [FILE ...]
 
-Rows of ``minimizers.py`` go to ``results/minimizers.jsonl``. Of ``searchers.py``, policies that were calibrated only go
-to ``results/searches.jsonl``, and those that were reconstructed or fine-tuned to ``results/trained.jsonl``. A row takes
-the place of an older one of the same network, settings and seed.
+Rows of the first two go to ``results/minimizers.jsonl`` and ``results/eigenvalues.jsonl``. Of ``searchers.py``,
+policies that were calibrated only go to ``results/searches.jsonl``, and those that were reconstructed or fine-tuned to
+``results/trained.jsonl``. A row takes the place of an older one of the same network, settings and seed.
 """
 
 import argparse
@@ -20,6 +20,7 @@ Line = dict[str, Any]
 # What makes two rows the same measurement, by file.
 KEYS = {
     "minimizers.jsonl": ("model", "bits", "precision", "name", "seed"),
+    "eigenvalues.jsonl": ("model", "bits", "precision", "name", "seed"),
     "searches.jsonl": ("model", "budget", "name"),
     "trained.jsonl": ("model", "budget", "name", "stages", "epochs", "seed"),
 }
@@ -31,7 +32,9 @@ def collected(lines: list[Line]) -> dict[str, list[Line]]:
     searched = [line for line in lines if line.get("kind") == "search"]
     trained = [line for line in lines if line.get("kind") == "train"]
     found: dict[str, list[Line]] = {name: [] for name in KEYS}
-    found["minimizers.jsonl"] = [line for line in lines if "kind" not in line]
+    for line in lines:
+        if "kind" not in line:
+            found["eigenvalues.jsonl" if "eigenvalue" in line else "minimizers.jsonl"].append(line)
     for search in searched:
         about = {name: search[name] for name in ("model", "date", "commit", "cpu", "budget", "name", *POLICY)}
         for run in trained:

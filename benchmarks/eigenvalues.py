@@ -8,7 +8,7 @@ All states are measured on the same training images. Use the same model, weights
 """
 
 import torch
-from common import add_json, append, read
+from common import add_json, append, origin, read
 from minimizers import METHODS, Prepared, arguments, state_path
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Session, Settings
@@ -53,8 +53,8 @@ def main() -> None:
                 subject = AnalysisInput(model.eval(), quantized_layers(model), batches)
                 settings = Settings(starts=wanted.starts, tolerance=wanted.tolerance)
                 reading = INSTRUMENTS["eigenvalue"].measure(subject, settings, Session())
-                line = {"bits": bits, "name": name, "seed": seed, "images": subject.images}
-                append(results, line | reading.to_dict())
+                about = {"bits": bits, "precision": wanted.precision, "name": name, "seed": seed}
+                append(results, {**origin(wanted), **about, "images": subject.images, **reading.to_dict()})
     if wanted.json:
         print(json_text({"eigenvalues": read(results)}))
 

@@ -137,10 +137,13 @@ def trained() -> str:
 def methods() -> str:
     """Top-1 and loss after fine-tuning with every method, from ``minimizers.py``."""
     rows = [
-        "| network | bits | method | seeds | top-1 | loss | top-1 above qat of the same seed | time of qat |",
-        "|--|--|--|--|--|--|--|--|",
+        "| network | bits | method | seeds | top-1 | loss | top-1 above qat of the same seed | time of qat | "
+        "largest eigenvalue |",
+        "|--|--|--|--|--|--|--|--|--|",
     ]
     lines, before = read(FOLDER / "results" / "minimizers.jsonl"), ("", "")
+    eigenvalues = read(FOLDER / "results" / "eigenvalues.jsonl")
+    sharp = {_state(line): line["eigenvalue"] for line in eigenvalues}
     for group in _groups(lines, "model", "bits", "precision"):
         plain = {line["seed"]: line for line in group if line["name"] == "qat"}
         for members in _groups(group, "name"):
@@ -167,6 +170,7 @@ def methods() -> str:
                 _mean([line["loss"] for line in members], 3),
                 _mean(gains) if gains and pairs[0][0] is not pairs[0][1] else "",
                 f"{statistics.median(ratios):.2f}" if ratios else "",
+                _mean([sharp[_state(line)] for line in members if _state(line) in sharp], 0),
             ]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -210,6 +214,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "predictors": predictors,
     "searchers": searchers,
 }
+
+
+def _state(line: Line) -> str:
+    """What makes a trained state."""
+    return str([line[name] for name in ("model", "bits", "precision", "name", "seed")])
 
 
 def _start(line: Line) -> str:
@@ -262,7 +271,9 @@ def _stage(line: Line, name: str) -> Line:
 
 
 def _mean(values: list[float], digits: int = 2) -> str:
-    """With the standard deviation where there are several."""
+    """With the standard deviation where there are several, or nothing."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 

@@ -76,7 +76,9 @@ def test_collected_results_take_the_place_of_older_ones() -> None:
     calibrated = [run | {"bits": bits, "stages": [], "epochs": 0, "top1": 80.0} for bits in ("3 3", "2 4")]
     trained = run | {"bits": "2 4", "stages": ["reconstructed"], "epochs": 0, "top1": 85.0}
     method = {"model": "net", "bits": "w2a2", "precision": "float32", "name": "qat", "seed": 0}
-    found = collect["collected"]([*searches, *calibrated, trained, method])
+    sharp = method | {"eigenvalue": 75.0}
+    found = collect["collected"]([*searches, *calibrated, trained, method, sharp])
+    assert found["eigenvalues.jsonl"] == [sharp]
     assert [row["name"] for row in found["searches.jsonl"]] == ["uniform", "swaps", "error"]
     assert [(row["name"], row["top1"]) for row in found["trained.jsonl"]] == [("swaps", 85.0)]
     assert found["minimizers.jsonl"] == [method]

@@ -1,8 +1,8 @@
-"""Print README's table of measured accuracies from run directories.
+"""Add runs to the figures of README's table, ``results/readme.jsonl``, which ``tables.py`` writes into README.
 
     python benchmarks/readme.py RUN [RUN ...]
 
-Prints Markdown, one row per run in the given order; cells that repeat the row above are empty.
+A run takes the place of an older one of the same network and options.
 """
 
 import argparse
@@ -10,62 +10,66 @@ import json
 from pathlib import Path
 from typing import Any
 
+from collect import FOLDER, merge
+from common import plain_parser, read
+
 from saqcli.runs.manifest import RunManifest
-from saqcli.serialization import parse_json
-from saqcli.units import format_quantity
+from saqcli.serialization import json_text, parse_json, write_text
 
-HEAD = ("network, images", "setting", "top-1", "float", "BOPs", "weights")
+LEFT_OUT = {"--weights", "--data", "--run-dir", "--model-kwargs", "--mean", "--std", "--calibration"}
 
 
-def row(run: Path) -> list[str]:
-    """Cells of a finished run."""
-    config: dict[str, Any] = json.loads((run / "config.json").read_text())
-    manifest = parse_json(RunManifest, (run / "manifest.json").read_text(), str(run))
-    results: dict[str, Any] = manifest.results or {}
+def row(run: Path) -> dict[str, Any]:
+    """The figures of a finished run."""
+    config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    manifest = parse_json(RunManifest, (run / "manifest.json").read_text(encoding="utf-8"), str(run))
     if manifest.status != "finished":
         raise SystemExit(f"{run} is {manifest.status}, not finished")
-    training = config["training"]
-    bits, bops = config["quantization"]["bits"], config["quantization"]["bops"]
-    setting = f"`--bits {bits}`" if bits else f"`--bops {bops}`"
-    if config.get("reconstruction", {}).get("enabled"):
-        setting += " `--recipe minutes`, no labels"
-    elif training["epochs"] == 0:
-        setting += ", calibrated only"
-    else:
-        setting += f" `--method {training['method']} --epochs {training['epochs']}`"
-    if config["run"]["seed"]:
-        setting += f" `--seed {config['run']['seed']}`"
-    return [
-        f"`{results['model']}`, {Path(config['data']['path']).name} ({results['images']:,})",
-        setting.replace("` `", " "),
-        f"{results['top1']:.2f}",
-        f"{results['float_top1']:.2f}",
-        f"{format_quantity(results['bops'])} of {format_quantity(results['float_bops'])}",
-        f"{format_quantity(results['size_bytes'], 'B')} of {format_quantity(results['float_size_bytes'], 'B')}",
-    ]
+    results, where = manifest.results, manifest.circumstances[-1]
+    figures = (
+        "model",
+        "images",
+        "top1",
+        "float_top1",
+        "bops",
+        "float_bops",
+        "size_bytes",
+        "float_size_bytes",
+    )
+    return {
+        **{name: results[name] for name in figures},
+        "data": Path(config["data"]["path"]).name,
+        "options": options(manifest.command),
+        "stage": results["stages"][-1]["stage"],
+        "seed": config["run"]["seed"],
+        "seconds": sum(manifest.seconds.values()),
+        "cpu": where.cpu,
+        "threads": where.threads,
+        "saq": manifest.versions["saq"],
+        "date": manifest.started[:10],
+    }
 
 
-def table(runs: list[Path]) -> list[str]:
-    """Lines of the table."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "--|" * len(HEAD)]
-    above = [""] * len(HEAD)
-    for cells in map(row, runs):
-        same = cells[0] == above[0]
-        shown = [
-            "" if same and k in (0, 3, 4, 5) and cell == above[k] else cell for k, cell in enumerate(cells)
-        ]
-        lines.append("| " + " | ".join(shown) + " |")
-        above = cells
-    return lines
+def options(command: list[str]) -> str:
+    """What was typed, without network, files and output."""
+    words, found = iter(command), []
+    for word in words:
+        if word in LEFT_OUT:
+            next(words)
+        elif word.startswith("--"):
+            value = next(words, "")
+            found.append(f"{word} {value}".strip())
+    return " ".join(found)
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Add the given runs."""
+    parser: argparse.ArgumentParser = plain_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    print("\n".join(table(parser.parse_args().runs)))
+    rows = merge(
+        read(FOLDER / "readme.jsonl"), [row(run) for run in parser.parse_args().runs], ("model", "options")
+    )
+    write_text(FOLDER / "readme.jsonl", "".join(json_text(line) + "\n" for line in rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of docs/reproduction.md that come from result files in ``results/``.
+"""Write the tables of docs/reproduction.md and README.md that come from result files in ``results/``.
 
     python benchmarks/tables.py
 
@@ -15,8 +15,11 @@ from typing import Any
 from common import read
 from scipy.stats import spearmanr
 
+from saqcli.units import format_quantity
+
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent / "docs" / "reproduction.md"
+PAGES = FOLDER.parent / "docs" / "reproduction.md", FOLDER.parent / "README.md"
+IMAGES = {"cifar10": "CIFAR-10", "imagenette": "Imagenette, of 1,000 classes"}
 Line = dict[str, Any]
 PLAIN = {"--calibration"}  # where images come from is said in the text
 
@@ -203,6 +206,35 @@ def predictors() -> str:
     return "\n".join(rows)
 
 
+def readme() -> str:
+    """Whole runs, from ``readme.py``; cells that repeat the row above are empty."""
+    rows = [
+        "| network, images | options | top-1 | float | BOPs | weights | measured |",
+        "|--|--|--|--|--|--|--|",
+    ]
+    above: list[str] = []
+    for line in read(FOLDER / "results" / "readme.jsonl"):
+        weights = (format_quantity(line[name], "B") for name in ("size_bytes", "float_size_bytes"))
+        costs = (format_quantity(line[name]) for name in ("bops", "float_bops"))
+        cells = [
+            f"`{line['model']}`, {IMAGES[line['data']]} ({line['images']:,})",
+            f"`{line['options']}`: {line['stage']}"
+            + (", no labels" if line["stage"] == "reconstructed" else ""),
+            f"{line['top1']:.2f}",
+            f"{line['float_top1']:.2f}",
+            " of ".join(costs),
+            " of ".join(weights),
+            line["date"],
+        ]
+        same = bool(above) and cells[0] == above[0]
+        shown = [
+            "" if same and k in (0, 3, 4, 5) and cell == above[k] else cell for k, cell in enumerate(cells)
+        ]
+        rows.append(f"| {' | '.join(shown)} |")
+        above = cells
+    return "\n".join(rows)
+
+
 SEARCHED = ("error", "fisher", "swaps")
 OTHERS = ("hawq", "random", "asga")
 TABLES: dict[str, Callable[[], str]] = {
@@ -213,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trained": trained,
     "predictors": predictors,
     "searchers": searchers,
+    "readme": readme,
 }
 
 
@@ -279,14 +312,16 @@ def _mean(values: list[float], digits: int = 2) -> str:
 
 
 def page(text: str) -> str:
-    """``text`` with all tables written anew."""
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", text)  # type: ignore[misc]
-        if count != 1:
-            raise SystemExit(f"docs/reproduction.md has {count} places for table {name}: give it one")
-    return text
+    """``text`` with all of its tables written anew."""
+
+    def written(found: re.Match[str]) -> str:
+        if found[1] not in TABLES:
+            raise SystemExit(f"there is no table {found[1]}: name one of {', '.join(TABLES)}")
+        return f"<!-- table {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?\n<!-- end -->", written, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")

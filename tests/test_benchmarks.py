@@ -60,8 +60,10 @@ def test_results_page_is_current() -> None:
 
 
 def test_tables_of_the_documentation_are_current() -> None:
-    text = (FOLDER.parent / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    assert script("tables.py")["page"](text) == text
+    tables = script("tables.py")
+    texts = [path.read_text(encoding="utf-8") for path in tables["PAGES"]]
+    assert [tables["page"](text) for text in texts] == texts
+    assert all(sum(f"<!-- table {name} -->" in text for text in texts) == 1 for name in tables["TABLES"])
 
 
 def test_collected_results_take_the_place_of_older_ones() -> None:

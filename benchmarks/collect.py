@@ -4,7 +4,8 @@
 
 Rows of the first two go to ``results/minimizers.jsonl`` and ``results/eigenvalues.jsonl``. Of ``searchers.py``,
 policies that were calibrated only go to ``results/searches.jsonl``, and those that were reconstructed or fine-tuned to
-``results/trained.jsonl``. A row takes the place of an older one of the same network, settings and seed.
+``results/trained.jsonl``. A row takes the place of an older one of the same network, settings
+and seed; of searches those of seed 0 count.
 """
 
 import argparse
@@ -19,26 +20,27 @@ FOLDER = Path(__file__).parent / "results"
 Line = dict[str, Any]
 # What makes two rows the same measurement, by file.
 KEYS = {
-    "minimizers.jsonl": ("model", "bits", "precision", "name", "seed"),
-    "eigenvalues.jsonl": ("model", "bits", "precision", "name", "seed"),
+    "minimizers.jsonl": ("model", "bits", "precision", "epochs", "lr", "name", "seed"),
+    "eigenvalues.jsonl": ("model", "bits", "precision", "epochs", "lr", "name", "seed"),
     "searches.jsonl": ("model", "budget", "name"),
-    "trained.jsonl": ("model", "budget", "name", "stages", "epochs", "seed"),
+    "trained.jsonl": ("model", "budget", "name", "stages", "epochs", "method", "seed"),
 }
+ORIGIN = ("model", "date", "commit", "cpu", "threads", "command")
 POLICY = ("bops", "budget_bops", "cpu_seconds", "bits")
 
 
 def collected(lines: list[Line]) -> dict[str, list[Line]]:
     """The rows of one file, by the file that they go to."""
-    searched = [line for line in lines if line.get("kind") == "search"]
+    searched = [line for line in lines if line.get("kind") == "search" and not line["seed"]]
     trained = [line for line in lines if line.get("kind") == "train"]
     found: dict[str, list[Line]] = {name: [] for name in KEYS}
     for line in lines:
         if "kind" not in line:
             found["eigenvalues.jsonl" if "eigenvalue" in line else "minimizers.jsonl"].append(line)
     for search in searched:
-        about = {name: search[name] for name in ("model", "date", "commit", "cpu", "budget", "name", *POLICY)}
+        about = {name: search[name] for name in (*ORIGIN, "budget", "name", *POLICY)}
         for run in trained:
-            if run["bits"] != search["bits"]:
+            if (run["model"], run["bits"]) != (search["model"], search["bits"]):
                 continue
             if run["epochs"] or run["stages"]:
                 figures = (

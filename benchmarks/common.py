@@ -78,8 +78,11 @@ def facts(benchmark: str) -> dict[str, Any]:
 
 def origin(wanted: argparse.Namespace) -> dict[str, Any]:
     """Network and circumstances, in every line of a script whose results are collected in ``results/``."""
-    about = facts("")
-    return {"model": wanted.model, **{name: about[name] for name in ("date", "commit", "cpu", "threads")}}
+    about = facts(Path(sys.argv[0]).stem)
+    return {
+        "model": wanted.model,
+        **{name: about[name] for name in ("date", "commit", "cpu", "threads", "command")},
+    }
 
 
 def commit() -> str | None:

@@ -9,7 +9,7 @@ All states are measured on the same training images. Use the same model, weights
 
 import torch
 from common import add_json, append, origin, read
-from minimizers import METHODS, Prepared, arguments, state_path
+from minimizers import METHODS, Prepared, arguments, key_of, state_path
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Session, Settings
 from saqcli.data.loaders import calibration_loader, read_all
@@ -27,19 +27,19 @@ def main() -> None:
     add_json(parser)
     wanted = parser.parse_args()
     results = wanted.out / "eigenvalues.jsonl"
-    done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
     chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)
     for bits in wanted.bits.split(","):
         prepared = None
         for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
-            for name in chosen:
-                path = state_path(wanted, bits, name, seed)
-                if (bits, name, seed) in done or not path.is_file():
+            for method in chosen:
+                key = key_of(wanted, bits, method, seed)
+                path = state_path(wanted, key)
+                if not path.is_file() or any(key.items() <= line.items() for line in read(results)):
                     continue
                 prepared = prepared or Prepared(wanted, bits)
                 model = prepared.network.model
                 model.load_state_dict(torch.load(path, weights_only=True))
-                images = prepared.images(prepared.config(name, 0))
+                images = prepared.images(prepared.config(method, 0))
                 loader = calibration_loader(
                     images.train,
                     images.preprocessing,
@@ -53,8 +53,7 @@ def main() -> None:
                 subject = AnalysisInput(model.eval(), quantized_layers(model), batches)
                 settings = Settings(starts=wanted.starts, tolerance=wanted.tolerance)
                 reading = INSTRUMENTS["eigenvalue"].measure(subject, settings, Session())
-                about = {"bits": bits, "precision": wanted.precision, "name": name, "seed": seed}
-                append(results, {**origin(wanted), **about, "images": subject.images, **reading.to_dict()})
+                append(results, {**origin(wanted), **key, "images": subject.images, **reading.to_dict()})
     if wanted.json:
         print(json_text({"eigenvalues": read(results)}))
 

@@ -126,6 +126,7 @@ class Prepared:
     """A network, calibrated at given bits, and what it is trained with."""
 
     def __init__(self, wanted: argparse.Namespace, bits: str) -> None:
+        self.wanted = wanted
         self.options = {
             "model.name": wanted.model,
             "model.weights": wanted.weights,
@@ -160,9 +161,7 @@ class Prepared:
         """The settings of one run."""
         settings = json.loads(name) if name.startswith("{") else METHODS[name]
         changes = {f"training.{key}": value for key, value in settings.items()}
-        longer = re.search(r" x(\d+)$", name)
-        if longer:
-            changes["training.epochs"] = self.options["training.epochs"] * int(longer[1])
+        changes["training.epochs"] = epochs_of(self.wanted, name)
         return resolve(options=self.options | changes | {"run.seed": seed}, assignments=self.assigned)
 
     def images(self, config: RunConfig) -> Images:
@@ -173,39 +172,46 @@ class Prepared:
         )
 
 
-def state_path(wanted: argparse.Namespace, bits: str, name: str, seed: int) -> Path:
+def epochs_of(wanted: argparse.Namespace, method: str) -> int:
+    """Epochs of a method: those of the options, N times for ``NAME xN``."""
+    longer = re.search(r" x(\d+)$", method)
+    return int(wanted.epochs) * (int(longer[1]) if longer else 1)
+
+
+def key_of(wanted: argparse.Namespace, bits: str, method: str, seed: int) -> dict[str, Any]:
+    """What makes a run, as it stands in its line."""
+    return {
+        "model": wanted.model,
+        "bits": bits,
+        "name": method + (f", {wanted.suffix}" if wanted.suffix else ""),
+        "seed": seed,
+        "epochs": epochs_of(wanted, method),
+        "lr": wanted.lr,
+        "precision": wanted.precision,
+    }
+
+
+def state_path(wanted: argparse.Namespace, key: dict[str, Any]) -> Path:
     """Where the trained state of a run lies."""
-    plain = re.sub(r"[^\w.]+", "_", name).strip("_")
-    path: Path = wanted.out / f"{bits}-{plain}-{seed}.pt"
+    parts = (re.sub(r"[^\w.]+", "_", str(value)).strip("_") for value in key.values())
+    path: Path = wanted.out / f"{'-'.join(parts)}.pt"
     return path
 
 
 def measure(wanted: argparse.Namespace) -> None:
     """Run what has not been run yet."""
     results = wanted.out / "results.jsonl"
-    done = {(r["bits"], r["name"], r["seed"]) for r in read(results)}
     chosen = wanted.methods.split(";") if wanted.methods else list(METHODS)
-    suffix = f", {wanted.suffix}" if wanted.suffix else ""
     for bits in wanted.bits.split(","):
         prepared = Prepared(wanted, bits)
         for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
             for method in chosen:
-                name = method + suffix
-                if (bits, name, seed) in done:
+                key = key_of(wanted, bits, method, seed)
+                if any(key.items() <= line.items() for line in read(results)):
                     continue
                 figures, state = run(prepared.config(method, seed), prepared)
-                line = {
-                    **origin(wanted),
-                    "bits": bits,
-                    "name": name,
-                    "seed": seed,
-                    "epochs": prepared.config(method, seed).training.epochs,
-                    "lr": wanted.lr,
-                    "compile": wanted.compile,
-                    "precision": wanted.precision,
-                    **figures,
-                }
-                with replacing(state_path(wanted, bits, name, seed)) as path:
+                line = {**origin(wanted), **key, "compile": wanted.compile, **figures}
+                with replacing(state_path(wanted, key)) as path:
                     torch.save(state, path)
                 append(results, line)
 
@@ -263,7 +269,11 @@ def main() -> None:
     if not wanted.table:
         wanted.out.mkdir(parents=True, exist_ok=True)
         measure(wanted)
-    lines, eigenvalues = read(wanted.out / "results.jsonl"), read(wanted.out / "eigenvalues.jsonl")
+    asked = {"model": wanted.model, "precision": wanted.precision}
+    lines, eigenvalues = (
+        [line for line in read(wanted.out / name) if asked.items() <= line.items()]
+        for name in ("results.jsonl", "eigenvalues.jsonl")
+    )
     show(wanted, {"results": lines, "eigenvalues": eigenvalues}, table(lines, eigenvalues))
 
 

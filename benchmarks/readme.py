@@ -16,7 +16,17 @@ from common import plain_parser, read
 from saqcli.runs.manifest import RunManifest
 from saqcli.serialization import json_text, parse_json, write_text
 
-LEFT_OUT = {"--weights", "--data", "--run-dir", "--model-kwargs", "--mean", "--std", "--calibration"}
+LEFT_OUT = {
+    "--weights",
+    "--data",
+    "--run-dir",
+    "--model-kwargs",
+    "--mean",
+    "--std",
+    "--calibration",
+    "-q",
+    "--json",
+}
 
 
 def row(run: Path) -> dict[str, Any]:
@@ -52,14 +62,13 @@ def row(run: Path) -> dict[str, Any]:
 
 def options(command: list[str]) -> str:
     """What was typed, without network, files and output."""
-    words, found = iter(command), []
-    for word in words:
-        if word in LEFT_OUT:
-            next(words)
-        elif word.startswith("--"):
-            value = next(words, "")
-            found.append(f"{word} {value}".strip())
-    return " ".join(found)
+    found: list[list[str]] = []
+    for word in command:
+        if word.startswith("-"):
+            found.append(word.split("=", 1))
+        elif found and len(found[-1]) == 1:
+            found[-1].append(word)
+    return " ".join(" ".join(each) for each in found if each[0] not in LEFT_OUT)
 
 
 def main() -> None:

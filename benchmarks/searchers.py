@@ -147,7 +147,7 @@ class Bench:
         network, images = replace(self.network, model=copy.deepcopy(self.network.model)), self.images(config)
         return install_quantizers(config, network, policy, self.statistics, images, SILENT), images
 
-    def train(self, policy: BitConfig, seed: int) -> dict[str, Any]:
+    def train(self, policy: BitConfig, seed: int) -> dict[str, float]:
         """Calibrate, take the stages without labels, and train; the accuracy before and after, in percent."""
         config = self.config("w4a4", "uniform", seed)
         weights = tensors_before(config, self.network.model)
@@ -162,7 +162,6 @@ class Bench:
         changed = config.training.epochs or wanted_stages(config)
         after = score(model, images.validation(), "", self.device, SILENT) if changed else before
         return {
-            "stages": list(wanted_stages(config)),
             "calibrated": before.top1,
             "top1": after.top1,
             "loss": after.loss,
@@ -225,7 +224,13 @@ def measure(wanted: argparse.Namespace) -> None:
                 for title, about in bench.untied(budget):
                     if name not in ("untied", title):
                         continue
-                    key = {"kind": "search", "budget": budget, "name": title, "seed": 0}
+                    key = {
+                        "kind": "search",
+                        "model": wanted.model,
+                        "budget": budget,
+                        "name": title,
+                        "seed": 0,
+                    }
                     if not any(key.items() <= line.items() for line in read(results)):
                         append(results, {**origin(wanted), **key, **about})
                     _train(bench, results, budget, title, 0, about)
@@ -239,7 +244,7 @@ def measure(wanted: argparse.Namespace) -> None:
 def _search(
     bench: Bench, results: Path, budget: str, name: str, title: str, seed: int
 ) -> dict[str, Any] | None:
-    key = {"kind": "search", "budget": budget, "name": title, "seed": seed}
+    key = {"kind": "search", "model": bench.wanted.model, "budget": budget, "name": title, "seed": seed}
     for line in read(results):
         if key.items() <= line.items():
             return line
@@ -258,11 +263,19 @@ def _train(
     bench: Bench, results: Path, budget: str, title: str, search_seed: int, found: dict[str, Any]
 ) -> None:
     for seed in range(bench.wanted.seeds):
-        key = {"kind": "train", "bits": found["bits"], "seed": seed, "method": bench.wanted.method}
+        key = {
+            "kind": "train",
+            "model": bench.wanted.model,
+            "bits": found["bits"],
+            "seed": seed,
+            "method": bench.wanted.method,
+            "epochs": bench.wanted.epochs,
+            "stages": list(wanted_stages(bench.config("w4a4", "uniform", seed))),
+        }
         if any(key.items() <= line.items() for line in read(results)):
             continue
         figures = bench.train(BitConfig.model_validate(found["policy"]), seed)
-        about = {"budget": budget, "name": title, "search_seed": search_seed, "epochs": bench.wanted.epochs}
+        about = {"budget": budget, "name": title, "search_seed": search_seed}
         append(results, {**origin(bench.wanted), **key, **about, **figures})
 
 

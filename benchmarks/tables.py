@@ -106,7 +106,7 @@ def searchers() -> str:
 def trained() -> str:
     """Top-1 after reconstruction or fine-tuning at every searcher's policy, from ``searchers.py``."""
     rows = [
-        "| network, budget | then | calibrated: best uniform | swaps | after: uniform | best untied uniform | error | "
+        "| network, budget | then | best uniform, calibrated | swaps, calibrated | uniform | best uniform | error | "
         "fisher | swaps | gain |",
         "|--|--|--|--|--|--|--|--|--|--|",
     ]
@@ -116,6 +116,8 @@ def trained() -> str:
         for line in members:
             found.setdefault(line["name"], []).append(line)
         plain = [name for name in found if name.startswith(("uniform", "untied"))]
+        if not plain or "swaps" not in found:
+            continue
         best = {
             figure: max(plain, key=lambda name: statistics.mean(line[figure] for line in found[name]))
             for figure in ("calibrated", "top1")
@@ -217,7 +219,7 @@ def readme() -> str:
         weights = (format_quantity(line[name], "B") for name in ("size_bytes", "float_size_bytes"))
         costs = (format_quantity(line[name]) for name in ("bops", "float_bops"))
         cells = [
-            f"`{line['model']}`, {IMAGES[line['data']]} ({line['images']:,})",
+            f"`{line['model']}`, {IMAGES.get(line['data'], line['data'])} ({line['images']:,})",
             f"`{line['options']}`: {line['stage']}"
             + (", no labels" if line["stage"] == "reconstructed" else ""),
             f"{line['top1']:.2f}",
@@ -236,7 +238,7 @@ def readme() -> str:
 
 
 SEARCHED = ("error", "fisher", "swaps")
-OTHERS = ("hawq", "random", "asga")
+OTHERS = ("hawq", "random", "samq", "asga")
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "variations": variations,

@@ -641,7 +641,7 @@ class TrainingSection(_Section):
     ] = 0.0
     rho: Annotated[
         NotNegative | None,
-        Option("Radius of the perturbation", "RADIUS", "the paper's for the bits and the image size"),
+        Option("Radius of the perturbation", "RADIUS", "the paper's for network, bits and image size"),
     ] = None
     rho_unit: Annotated[
         Literal["deviation", "absolute"],

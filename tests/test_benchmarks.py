@@ -66,18 +66,39 @@ def test_tables_of_the_documentation_are_current() -> None:
     assert all(sum(f"<!-- table {name} -->" in text for text in texts) == 1 for name in tables["TABLES"])
 
 
+def test_row_of_readme_has_the_options_that_were_typed() -> None:
+    typed = "saq quantize net --weights=w.pt --data d --method qat --no-distill --epochs 2 -q --run-dir r --mean 0,0,0"
+    assert script("readme.py")["options"](typed.split()) == "--method qat --no-distill --epochs 2"
+
+
 def test_collected_results_take_the_place_of_older_ones() -> None:
     collect = script("collect.py")
-    about = {"model": "net", "date": "2026-11-30", "commit": "0", "cpu": "cpu", "budget": "w3a3"}
+    about = dict.fromkeys(collect["ORIGIN"], "net") | {"budget": "w3a3"}
     costs = {"bops": 5, "budget_bops": 6, "cpu_seconds": 1.0}
     searches = [
         {"kind": "search", **about, **costs, "name": name, "bits": bits, "policy": {}, "seed": 0}
         for name, bits in (("uniform", "3 3"), ("swaps", "2 4"), ("error", "3 3"))
     ]
-    run = {"kind": "train", "seed": 0, "method": "qat", "calibrated": 80.0, "loss": 0.5, "train_seconds": 1.0}
+    run = {
+        "kind": "train",
+        "model": "net",
+        "seed": 0,
+        "method": "qat",
+        "calibrated": 80.0,
+        "loss": 0.5,
+        "train_seconds": 1.0,
+    }
     calibrated = [run | {"bits": bits, "stages": [], "epochs": 0, "top1": 80.0} for bits in ("3 3", "2 4")]
     trained = run | {"bits": "2 4", "stages": ["reconstructed"], "epochs": 0, "top1": 85.0}
-    method = {"model": "net", "bits": "w2a2", "precision": "float32", "name": "qat", "seed": 0}
+    method = {
+        "model": "net",
+        "bits": "w2a2",
+        "precision": "float32",
+        "epochs": 6,
+        "lr": 0.01,
+        "name": "qat",
+        "seed": 0,
+    }
     sharp = method | {"eigenvalue": 75.0}
     found = collect["collected"]([*searches, *calibrated, trained, method, sharp])
     assert found["eigenvalues.jsonl"] == [sharp]

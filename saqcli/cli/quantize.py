@@ -29,7 +29,7 @@ def quantize_command(
         bool,
         typer.Option(
             "--efficient",
-            help="The cheap strategy that measured best: `--ascent-fraction 0.25`",
+            help="Cheaper steps of sharpness-aware methods: `--ascent-fraction 0.25`",
             rich_help_panel=EFFICIENCY,
         ),
     ] = False,

@@ -106,9 +106,9 @@ def searchers() -> str:
 def trained() -> str:
     """Top-1 after reconstruction or fine-tuning at every searcher's policy, from ``searchers.py``."""
     rows = [
-        "| network, budget | then | best uniform, calibrated | swaps, calibrated | uniform | best uniform | error | "
-        "fisher | swaps | gain |",
-        "|--|--|--|--|--|--|--|--|--|--|",
+        "| network, budget | then | best uniform, calibrated | swaps, calibrated | uniform | best uniform | "
+        f"{' | '.join(TRAINED)} | gain of swaps |",
+        "|--|--|--|--|--|--|" + "--|" * (len(TRAINED) + 1),
     ]
     for members in _groups(read(FOLDER / "results" / "trained.jsonl"), "model", "budget", "stages", "epochs"):
         first = members[0]
@@ -126,7 +126,7 @@ def trained() -> str:
             _mean([line[figure] for line in found[name]]) if name in found else ""
             for figure, names in (
                 ("calibrated", (best["calibrated"], "swaps")),
-                ("top1", ("uniform", best["top1"], *SEARCHED)),
+                ("top1", ("uniform", best["top1"], *TRAINED)),
             )
             for name in names
         ]
@@ -238,6 +238,7 @@ def readme() -> str:
 
 
 SEARCHED = ("error", "fisher", "swaps")
+TRAINED = ("error", "fisher", "fisher, weights x0.1", "swaps")
 OTHERS = ("hawq", "random", "samq", "asga")
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saqcli.errors import Interrupted
+from saqcli.errors import ConfigError, Interrupted
 from saqcli.quant.cost import Budget
 from saqcli.quant.grid import fake_quantize
 from saqcli.quant.layer import QuantizedLayer, perturbed, quantized_layers
@@ -24,6 +24,7 @@ from saqcli.searchers.divergences import (
     add_divergences,
     divergences,
 )
+from saqcli.searchers.fisher import Fisher
 from saqcli.searchers.fit import fitted, tied
 from saqcli.searchers.problem import Scored, SearchProblem
 from saqcli.searchers.separable import Key, Losses, relative_noise
@@ -106,6 +107,38 @@ def test_losses_ignore_labels_and_leave_the_model_alone() -> None:
     losses = add_divergences(problem.space, one)
     fewer, more = (sum(row[index] for row in losses) for index in (0, -1))
     assert fewer > more  # noise of 2 bits and of 4
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 1.0, 10.0])
+def test_factor_weighs_the_divergences_of_weights(factor: float) -> None:
+    problem = random_problem(3)
+    space = search_space("net", problem.space.costs, Candidates((2, 4), (2, 4)))
+    problem = replace(problem, space=space, budget=Budget(bops=(space.floor.bops + space.ceiling.bops) // 2))
+    alone = divergences(problem, 4)
+
+    def total(choice: tuple[int, ...]) -> float:
+        found = 0.0
+        for decision, option in zip(space.decisions, choice, strict=True):
+            bits = decision.options[option]
+            for layer in decision.members:
+                found += factor * alone.get(f"weight {layer.name} {bits.weight}", 0.0)
+                found += alone.get(f"activation {layer.name} {bits.activation}", 0.0)
+        return found
+
+    within = [
+        choice
+        for choice in itertools.product(*(range(len(decision.options)) for decision in space.decisions))
+        if problem.budget.admits(space.cost(choice))
+    ]
+    result = Fisher(images=4, weight_factor=factor).search(problem)
+    assert problem.budget.admits(space.cost(result.choice))
+    assert total(tuple(result.choice)) == pytest.approx(min(map(total, within)), rel=1e-9)
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), "a"])
+def test_factor_is_a_number_from_zero_on(factor: object) -> None:
+    with pytest.raises(ConfigError, match="weight_factor"):
+        Fisher(weight_factor=factor)  # type: ignore[arg-type]
 
 
 def raced_problem(seed: int) -> SearchProblem:

@@ -24,8 +24,10 @@ KEYS = {
     "eigenvalues.jsonl": ("model", "bits", "precision", "epochs", "lr", "name", "seed"),
     "searches.jsonl": ("model", "budget", "name"),
     "trained.jsonl": ("model", "budget", "name", "stages", "epochs", "method", "seed"),
+    "readme.jsonl": ("model", "options"),
 }
 ORIGIN = ("model", "date", "commit", "cpu", "threads", "command")
+FIGURES = ("stages", "epochs", "method", "calibrated", "top1", "loss", "train_seconds", "seed")
 POLICY = ("bops", "budget_bops", "cpu_seconds", "bits")
 
 
@@ -43,17 +45,7 @@ def collected(lines: list[Line]) -> dict[str, list[Line]]:
             if (run["model"], run["bits"]) != (search["model"], search["bits"]):
                 continue
             if run["epochs"] or run["stages"]:
-                figures = (
-                    "stages",
-                    "epochs",
-                    "method",
-                    "calibrated",
-                    "top1",
-                    "loss",
-                    "train_seconds",
-                    "seed",
-                )
-                found["trained.jsonl"].append(about | {name: run[name] for name in figures})
+                found["trained.jsonl"].append(about | {name: run[name] for name in FIGURES})
             else:
                 found["searches.jsonl"].append(about | {"calibrated": run["calibrated"]})
     return found
@@ -77,6 +69,12 @@ def merge(old: list[Line], new: list[Line], by: tuple[str, ...]) -> list[Line]:
     return rows
 
 
+def add(name: str, new: list[Line]) -> None:
+    """Merge ``new`` into a file of ``results/``."""
+    rows = merge(read(FOLDER / name), new, KEYS[name])
+    write_text(FOLDER / name, "".join(json_text(row) + "\n" for row in rows))
+
+
 def main() -> None:
     """Read the given files and write those of ``results/``."""
     options: argparse.ArgumentParser = plain_parser(__doc__)
@@ -84,8 +82,7 @@ def main() -> None:
     for path in options.parse_args().files:
         for name, new in collected(read(path)).items():
             if new:
-                rows = merge(read(FOLDER / name), new, KEYS[name])
-                write_text(FOLDER / name, "".join(json_text(row) + "\n" for row in rows))
+                add(name, new)
                 print(f"{path}: {len(new)} rows to results/{name}")
 
 

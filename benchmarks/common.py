@@ -190,6 +190,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def known(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first line with all values of ``key``; None if there is none."""
+    return next((line for line in read(path) if key.items() <= line.items()), None)
+
+
 def spread(values: list[float], digits: int) -> str:
     """``mean +- deviation``."""
     if not values:

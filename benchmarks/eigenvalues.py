@@ -8,7 +8,7 @@ All states are measured on the same training images. Use the same model, weights
 """
 
 import torch
-from common import add_json, append, origin, read
+from common import add_json, append, known, origin, read
 from minimizers import METHODS, Prepared, arguments, key_of, state_path
 
 from saqcli.analysis import INSTRUMENTS, AnalysisInput, Session, Settings
@@ -34,7 +34,7 @@ def main() -> None:
             for method in chosen:
                 key = key_of(wanted, bits, method, seed)
                 path = state_path(wanted, key)
-                if not path.is_file() or any(key.items() <= line.items() for line in read(results)):
+                if not path.is_file() or known(results, key):
                     continue
                 prepared = prepared or Prepared(wanted, bits)
                 model = prepared.network.model

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_json, append, origin, parser, read, show, spread
+from common import add_json, append, known, origin, parser, read, show, spread
 
 from saqcli.config import RunConfig, resolve
 from saqcli.data.splits import Images
@@ -207,7 +207,7 @@ def measure(wanted: argparse.Namespace) -> None:
         for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
             for method in chosen:
                 key = key_of(wanted, bits, method, seed)
-                if any(key.items() <= line.items() for line in read(results)):
+                if known(results, key):
                     continue
                 figures, state = run(prepared.config(method, seed), prepared)
                 line = {**origin(wanted), **key, "compile": wanted.compile, **figures}

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from collect import FOLDER, merge
-from common import plain_parser, read
+from collect import add
+from common import plain_parser
 
 from saqcli.runs.manifest import RunManifest
-from saqcli.serialization import json_text, parse_json, write_text
+from saqcli.serialization import parse_json
 
 LEFT_OUT = {
     "--weights",
@@ -75,10 +75,7 @@ def main() -> None:
     """Add the given runs."""
     parser: argparse.ArgumentParser = plain_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    rows = merge(
-        read(FOLDER / "readme.jsonl"), [row(run) for run in parser.parse_args().runs], ("model", "options")
-    )
-    write_text(FOLDER / "readme.jsonl", "".join(json_text(line) + "\n" for line in rows))
+    add("readme.jsonl", [row(run) for run in parser.parse_args().runs])
 
 
 if __name__ == "__main__":

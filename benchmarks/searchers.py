@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_json, append, origin, parser, read, show, spread
+from common import add_json, append, known, origin, parser, read, show, spread
 from torch import nn
 
 from saqcli.config import RunConfig, resolve
@@ -225,14 +225,8 @@ def measure(wanted: argparse.Namespace) -> None:
                 for title, about in bench.untied(budget):
                     if name not in ("untied", title):
                         continue
-                    key = {
-                        "kind": "search",
-                        "model": wanted.model,
-                        "budget": budget,
-                        "name": title,
-                        "seed": 0,
-                    }
-                    if not any(key.items() <= line.items() for line in read(results)):
+                    key = _search_key(bench, budget, title, 0)
+                    if not known(results, key):
                         append(results, {**origin(wanted), **key, **about})
                     _train(bench, results, budget, title, 0, about)
                 continue
@@ -242,13 +236,16 @@ def measure(wanted: argparse.Namespace) -> None:
                     _train(bench, results, budget, name + suffix, seed, found)
 
 
+def _search_key(bench: Bench, budget: str, title: str, seed: int) -> dict[str, Any]:
+    return {"kind": "search", "model": bench.wanted.model, "budget": budget, "name": title, "seed": seed}
+
+
 def _search(
     bench: Bench, results: Path, budget: str, name: str, title: str, seed: int
 ) -> dict[str, Any] | None:
-    key = {"kind": "search", "model": bench.wanted.model, "budget": budget, "name": title, "seed": seed}
-    for line in read(results):
-        if key.items() <= line.items():
-            return line
+    key = _search_key(bench, budget, title, seed)
+    if before := known(results, key):
+        return before
     line = {**origin(bench.wanted), **key, **bench.search(budget, name, seed)}
     folder = results.parent / "policies"
     make_folder(folder)
@@ -273,7 +270,7 @@ def _train(
             "epochs": bench.wanted.epochs,
             "stages": list(wanted_stages(bench.config("w4a4", "uniform", seed))),
         }
-        if any(key.items() <= line.items() for line in read(results)):
+        if known(results, key):
             continue
         figures = bench.train(BitConfig.model_validate(found["policy"]), seed)
         about = {"budget": budget, "name": title, "search_seed": search_seed}

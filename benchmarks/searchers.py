@@ -56,7 +56,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sensitivity": ("sensitivity", {}),
     "hawq": ("hawq", {}),
     "fisher": ("fisher", {}),
-    "fisher, weights x0.1": ("fisher", {"weight_factor": 0.1}),
     "swaps": ("swaps", {}),
     "samq": ("samq", {}),
     "samq without sharpness": ("samq", {"sharpness": False}),

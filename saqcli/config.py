@@ -495,11 +495,12 @@ class ProxySection(_Section):
 
 
 class SearchSection(_Section):
-    """The images of a search, and its training.
+    """The images of a search, its comparisons, and its training.
 
     ``images`` of ``classes`` classes are drawn from the training split by seed, None for all. The share ``held_out`` is
-    not trained on; ``scoring_images`` of it compare configurations. ``epochs`` and ``rho`` None are the searcher's
-    own; ``options`` hold further keyword arguments by searcher. ``pareto`` is the number of budgets of a front.
+    not trained on; ``scoring_images`` of it compare configurations, with the share ``weight_error`` of the error of
+    weights (None: as suits what follows the search). ``epochs`` and ``rho`` None are the searcher's own;
+    ``options`` hold further keyword arguments by searcher. ``pareto`` is the number of budgets of a front.
     ``trials`` is the most fine-tunings that an accuracy budget of ``saq quantize`` is tried with.
     """
 
@@ -520,6 +521,16 @@ class SearchSection(_Section):
     ] = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.5
     scoring_images: Annotated[Positive, Option("Most held-out images that score configurations", "N")] = 2048
+    weight_error: Annotated[
+        float | None,
+        Field(ge=0, le=1),
+        Option(
+            "Share of the rounding error of weights that configurations are compared with: training and reconstruction "
+            "repair the rest",
+            "SHARE",
+            "0.5 if the policy is to be trained or reconstructed, else 1",
+        ),
+    ] = None
     optimizer: str = "sgd"
     lr: Annotated[Rate, Option("Learning rate of the weights during the search", "RATE")] = 0.01
     weight_decay: NotNegative = 1e-4

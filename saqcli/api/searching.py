@@ -31,7 +31,13 @@ from saqcli.serialization import parse_object
 from saqcli.target import Target, deployment_of
 from saqcli.training.optimizer import make_optimizer
 
-ONLY_SEARCH = ("options", "activation_candidates", "cost", "lr")  # keywords that quantize_model has not
+ONLY_SEARCH = (
+    "options",
+    "activation_candidates",
+    "cost",
+    "lr",
+    "weight_error",
+)  # keywords that quantize_model has not
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ def search(
     target: str | Path | Target | None = None,
     junctions: Iterable[str] = (),
     lr: float = 0.01,
+    weight_error: float = 1.0,
     samples: int = 4096,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -122,6 +129,8 @@ def search(
         target: where the module will run, as in ``quantize_model``; only widths that it runs are chosen.
         junctions: kinds of further operators whose operands are quantized, as in ``quantize_model``.
         lr: learning rate of the weights, for searchers that train.
+        weight_error: share of the quantization error of weights that configurations are compared with, 0 to 1: give 0.5
+            for a policy that is to be trained, which repairs the rest. Searchers that train take 1.
         samples: most samples that are read.
         seed: random seed.
         progress: reports calibration and search.
@@ -182,6 +191,7 @@ def search(
         cost=cost,
         target=place,
         lr=lr,
+        weight_error=weight_error,
         seed=seed,
         progress=progress,
     )
@@ -203,6 +213,7 @@ def find_bits(
     cost: str = "bops",
     target: Target | None = None,
     lr: float = 0.01,
+    weight_error: float = 1.0,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> FoundBits:
@@ -215,6 +226,13 @@ def find_bits(
     space.check_reachable(asked)
     bound = asked if asked.bounds() else middle(space)
     entry = SEARCHERS.find(searcher, "searcher")
+    if not 0 <= weight_error <= 1 or (entry.trains and weight_error != 1):
+        reason = (
+            f"searcher {searcher} trains weights itself: give 1"
+            if entry.trains
+            else "give a share from 0 to 1"
+        )
+        raise ConfigError(f"`weight_error={weight_error:g}`: {reason}")
     found = searcher_with(searcher, options or {})
     images = NO_IMAGES
     if entry.uses_images or accuracy is not None:
@@ -234,6 +252,7 @@ def find_bits(
         seed=seed,
         progress=progress,
         corrections=lambda fitted: corrections_at(fitted, calls),
+        weight_error=weight_error,
     )
     result = run(searcher, found, problem)
     kept = None

@@ -27,6 +27,7 @@ from saqcli.serialization import parse_json, read_text
 from saqcli.target import PAPER, TARGETS, Target, find_deployment, target_of
 from saqcli.units import SETTINGS, Quantity, format_quantity, parse_cost, parse_quantity, parse_share
 
+TO_BE_TRAINED = 0.5  # share of the error of weights, decision 0043
 BUDGETS: tuple[tuple[str, Quantity], ...] = (
     ("bops", "bops"),
     ("size", "size"),
@@ -120,6 +121,11 @@ def make_searcher(config: RunConfig) -> Searcher:
             f"`search.pareto={section.pareto}` counts bit-operations: remove it, or "
             f"`quantization.cost={config.quantization.cost}`"
         )
+    if entry.trains and section.weight_error not in (None, 1):
+        raise ConfigError(
+            f"searcher {name} trains weights itself, and compares configurations with the whole error: remove "
+            f"`search.weight_error={section.weight_error}`"
+        )
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
         if not entry.trains:
@@ -137,6 +143,21 @@ def make_searcher(config: RunConfig) -> Searcher:
         common = getattr(section, option, None) is not None
         setting = f"`search.{option}`" if common else f"search.options.{name}.{option}"
         raise ConfigError(f"{setting} {rest}") from None
+
+
+def weight_error_of(config: RunConfig) -> float:
+    """The share of the quantization error of weights that a search compares configurations with.
+
+    Unless it is given, it is ``TO_BE_TRAINED`` for a policy that the settings train or reconstruct. It is 1 where
+    calibrated accuracy is asked for, under a bound of accuracy or for a front, and for a searcher that trains weights
+    itself.
+    """
+    if config.search.weight_error is not None:
+        return config.search.weight_error
+    repaired = config.training.epochs > 0 or config.reconstruction.enabled
+    calibrated = bool(config.search.pareto) or accuracy_bound(config.quantization) is not None
+    trains = SEARCHERS.find(config.quantization.searcher).trains
+    return TO_BE_TRAINED if repaired and not calibrated and not trains else 1.0
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:

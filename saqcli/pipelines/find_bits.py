@@ -20,6 +20,7 @@ from saqcli.pipelines.bits import (
     scheme_of,
     search_budget,
     space_of,
+    weight_error_of,
 )
 from saqcli.pipelines.calibration import CalibrationCorrection, calibrate
 from saqcli.pipelines.proxy import open_proxy, search_images
@@ -126,6 +127,7 @@ class FoundBits:
             "budget_bops": self.budget.bit_operations,
             "budget_bytes": self.budget.size,
             **other,
+            "weight_error": self.bound.problem.weight_error,
             "seconds": round(self.seconds, 1),
             "scoring_top1": score.top1 if score and labelled else None,
             "scoring_loss": score.loss if score and labelled else None,
@@ -216,6 +218,7 @@ def bind_search(
         seed=config.run.seed,
         progress=progress,
         corrections=lambda model: CalibrationCorrection(config, model, request.images, SILENT, keep=True),
+        weight_error=weight_error_of(config),
     )
     return BoundSearch(problem, request.asked, request.network, search_network)
 
@@ -228,6 +231,11 @@ def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBit
         PluginError: a searcher of another package failed.
     """
     searcher, problem = make_searcher(config), replace(bound.problem, memory=memory)
+    if problem.weight_error != 1:
+        problem.progress.note(
+            f"configurations are compared with {problem.weight_error:g} of the error of weights: training or "
+            "reconstruction repairs the rest"
+        )
     start = time.perf_counter()
     result = run(config.quantization.searcher, searcher, problem)
     choice = distributed.from_first(lambda: result.choice)  # the ranks may have different processors

@@ -153,7 +153,7 @@ def write_search(
     results["front"] = None if front is None else to_table(front)
     artifacts = {"policy": str(run.policy_path), "search": str(run.search_path)}
     artifacts |= {"page": str(run.page_path)} if run.verb == "search" else {}
-    scores = write_scores(run, searcher, problem.space, found)
+    scores = write_scores(run, searcher, problem.space, found, problem.weight_error)
     artifacts |= {} if scores is None else {"scores": scores}
     results |= {"run_dir": str(run.path), "artifacts": artifacts | {path.name: str(path) for path in files}}
     kept = {"schema_version": 1, "saq_version": __version__, **results}

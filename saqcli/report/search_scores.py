@@ -28,6 +28,7 @@ class SearchScores(BaseModel):
         saq_version: version that wrote the file.
         model: canonical name of the network.
         searcher: that measured the losses.
+        weight_error: share of the quantization error of weights that they count.
         losses: of every decision, named by its first layer, at every bits, such as ``w4a4``; sums of them are compared.
     """
 
@@ -37,6 +38,7 @@ class SearchScores(BaseModel):
     saq_version: str
     model: str
     searcher: str
+    weight_error: float = 1.0
     losses: dict[str, dict[str, Loss]]
 
     def of(self, space: SearchSpace, source: str) -> list[list[float]]:
@@ -60,7 +62,9 @@ class SearchScores(BaseModel):
         ]
 
 
-def write_scores(run: RunDirectory, searcher: str, space: SearchSpace, found: SearchResult) -> str | None:
+def write_scores(
+    run: RunDirectory, searcher: str, space: SearchSpace, found: SearchResult, weight_error: float
+) -> str | None:
     """Write the losses of ``found`` to the run; returns the path, or None if the searcher has none to keep."""
     path = run.path / FILE
     if found.losses is None:
@@ -70,7 +74,13 @@ def write_scores(run: RunDirectory, searcher: str, space: SearchSpace, found: Se
         decision.name: {str(bits): float(loss) for bits, loss in zip(decision.options, row, strict=True)}
         for decision, row in zip(space.decisions, found.losses, strict=True)
     }
-    kept = SearchScores(saq_version=__version__, model=space.model, searcher=searcher, losses=losses)
+    kept = SearchScores(
+        saq_version=__version__,
+        model=space.model,
+        searcher=searcher,
+        weight_error=weight_error,
+        losses=losses,
+    )
     write_text(path, json_text(kept.model_dump(), indent=1) + "\n")
     return str(path)
 

@@ -37,7 +37,8 @@ Quantizer = tuple[Tensor, AnyGrid]  # clipping level, and the grid
 
 
 def divergences(problem: SearchProblem, count: int) -> dict[str, float]:
-    """The divergence of softened class probabilities, in nats, that every operand causes alone at every width, by name.
+    """The divergence of softened class probabilities, in nats, that every operand causes alone at every width, by name;
+    weights with the share of their error that the problem counts.
 
     Args:
         problem: its model in floating point, which is not changed.
@@ -95,7 +96,7 @@ def _inputs(problem: SearchProblem, layers: Mapping[str, QuantizedLayer]) -> dic
 
 @torch.no_grad()
 def _weight_errors(problem: SearchProblem, layers: Mapping[str, QuantizedLayer]) -> dict[Key, Tensor]:
-    """Q(w) - w of every layer at every width."""
+    """Q(w) - w of every layer at every width, the share that the problem counts."""
     found: dict[Key, Tensor] = {}
     for decision in problem.space.decisions:
         for name in (member.name for member in decision.members):
@@ -103,7 +104,8 @@ def _weight_errors(problem: SearchProblem, layers: Mapping[str, QuantizedLayer])
             for bits in widths(decision, "weight"):
                 grid = problem.scheme.grid_of_weights(bits)
                 level = best_level(weight, grid, shape)
-                found[Key(name, "weight", bits)] = fake_quantize(weight, level, grid) - weight
+                error = fake_quantize(weight, level, grid) - weight
+                found[Key(name, "weight", bits)] = problem.weight_error * error
     return found
 
 

@@ -6,7 +6,7 @@ The divergences (``divergences``) are summed over layers, and the knapsack is so
 from saqcli.searchers.divergences import add_divergences, divergences
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import SearchProblem, SearchResult
-from saqcli.training.options import check_count, plain_number
+from saqcli.training.options import check_count
 
 
 class Fisher:
@@ -14,19 +14,16 @@ class Fisher:
 
     Args:
         images: number of scoring images; a backward pass for each.
-        weight_factor: of the divergences of weights. Training and reconstruction repair more of these than of those
-            of inputs, so that a factor below 1 suits a policy that is trained.
     """
 
-    def __init__(self, *, images: int = 64, weight_factor: float = 1.0) -> None:
+    def __init__(self, *, images: int = 64) -> None:
         check_count("images", images)
         self.images = images
-        self.weight_factor = plain_number("weight_factor", weight_factor, least=0)
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """Measure every operand at every width, then solve the knapsack exactly."""
         problem.space.check_reachable(problem.budget)
-        losses = add_divergences(problem.space, divergences(problem, self.images), weight=self.weight_factor)
+        losses = add_divergences(problem.space, divergences(problem, self.images))
         choice = best_choice(problem.space, problem.budget, losses)
         return SearchResult(
             choice, lambda budget: [best_choice(problem.space, budget, losses)], losses=losses

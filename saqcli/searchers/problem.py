@@ -133,6 +133,9 @@ class SearchProblem:
         memory: saves and restores the state of the search.
         corrections: takes a model with fitted levels and returns a function; call it after every change of bits to
             bring the model to the starting point of fine-tuning.
+        weight_error: the share of the quantization error of weights that configurations are compared with, 0 to 1.
+            Training and reconstruction repair most of that error, but less of the error of inputs: a share below 1
+            suits a policy that is trained or reconstructed (decision 0043).
     """
 
     model: nn.Module
@@ -146,6 +149,7 @@ class SearchProblem:
     progress: Progress = SILENT
     memory: Memory = field(default=NO_MEMORY)
     corrections: Callable[[nn.Module], Callable[[], None]] = field(default=no_corrections)
+    weight_error: float = 1.0
 
     @property
     def device(self) -> torch.device:

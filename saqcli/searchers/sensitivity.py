@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from saqcli.progress import Task
 from saqcli.quant import convert
-from saqcli.quant.layer import QuantizedLayer, quantized_layers
+from saqcli.quant.layer import QuantizedLayer, give_weights, quantized_layers, weights_taken
 from saqcli.quant.products import QuantizedProduct, quantized_products
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import Batch, SearchProblem, SearchResult
@@ -74,16 +74,18 @@ def _loss_increases(
     supernet: Supernet, batch: Batch, quantizers: "_QuantizerSwitch"
 ) -> Iterator[tuple[int, int, float]]:
     """Decision, option and increase of the summed loss of a batch."""
-    images, labels = batch
+    (images, labels), error = batch, supernet.problem.weight_error
     with _OutputCache(supernet.model) as cache:
         base = _summed_loss(supernet.model, images, labels)
         for index, decision in enumerate(supernet.problem.space.decisions):
             members = supernet.layers_of(index)
             cache.reuse_before(members)
-            with quantizers.on(members):
+            owners = [layer for layer in members if not layer.tied_to]
+            with quantizers.on(members), weights_taken(owners):
                 for option, bits in enumerate(decision.options):
                     for layer in members:
                         convert.set_bits(layer, bits)
+                    give_weights(owners, error)
                     yield index, option, _summed_loss(supernet.model, images, labels) - base
 
 

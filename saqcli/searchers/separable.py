@@ -67,7 +67,7 @@ class Noise(NamedTuple):
     """Mean noise power of rounding and clipping, and the signal's power, per value.
 
     Attributes:
-        error: mean squared error at the level where it is least.
+        error: mean squared error at the level where it is least; of weights, of the share that the problem counts.
         power: mean square of the tensor.
     """
 
@@ -98,7 +98,7 @@ def add_losses(space: SearchSpace, loss: Callable[[Key], float]) -> Losses:
 @torch.no_grad()
 def measure_noise(problem: SearchProblem) -> dict[Key, Noise]:
     """The noise of every operand at every possible width."""
-    layers = quantized_layers(problem.model)
+    layers, share = quantized_layers(problem.model), problem.weight_error
     found: dict[Key, Noise] = {}
     with problem.progress.task("measuring quantization error", len(problem.space.decisions)) as task:
         for decision in problem.space.decisions:
@@ -107,7 +107,8 @@ def measure_noise(problem: SearchProblem) -> dict[Key, Noise]:
                 weight, shape = layer.effective_weight().detach(), problem.scheme.level_shape(layer)
                 for bits in widths(decision, "weight"):
                     grid = problem.scheme.grid_of_weights(bits)
-                    found[Key(name, "weight", bits)] = _noise(weight, grid, shape)
+                    noise = _noise(weight, grid, shape)
+                    found[Key(name, "weight", bits)] = noise._replace(error=share**2 * noise.error)
                 for bits in widths(decision, "activation"):
                     grid = problem.scheme.grid_of_inputs(bits, signed=statistics.signed)
                     found[Key(name, "activation", bits)] = _noise(statistics.samples, grid)

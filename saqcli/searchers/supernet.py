@@ -7,7 +7,8 @@ bits change means and variances (slimmable networks, arXiv:1812.08928).
 
 Configurations are scored on the scoring images at the starting point of fine-tuning: float weights with levels fitted
 at the configuration's bits, with the corrections of calibration. ``quantize`` with that policy and no epochs
-scores exactly that network.
+scores exactly that network. To be compared, those that will be trained are scored with a share of the quantization
+error of their weights (``comparing``).
 """
 
 import copy
@@ -23,7 +24,13 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.quant import calibration, convert
 from saqcli.quant.kernels.use import fused_on_cpu
-from saqcli.quant.layer import QuantizedLayer, quantized_layers, quantized_once
+from saqcli.quant.layer import (
+    QuantizedLayer,
+    give_weights,
+    quantized_layers,
+    quantized_once,
+    weight_owners,
+)
 from saqcli.searchers.problem import Scored, SearchProblem
 from saqcli.tasks.classification import Meter
 from saqcli.training.minimizers.base import running_statistics
@@ -147,10 +154,14 @@ class CalibratedNetwork:
     """The network that fine-tuning would start from, at any configuration.
 
     Its weights are a copy of those of the problem's model at construction; levels are fitted at the first use.
+
+    Args:
+        problem: of the search; its model is in floating point.
+        weight_error: the share of the quantization error of weights that the network has; 1 in reality.
     """
 
-    def __init__(self, problem: SearchProblem) -> None:
-        self.problem = replace(problem, model=copy.deepcopy(problem.model))
+    def __init__(self, problem: SearchProblem, weight_error: float = 1.0) -> None:
+        self.problem, self.weight_error = replace(problem, model=copy.deepcopy(problem.model)), weight_error
         self._supernet: Supernet | None = None
         self._correct: Callable[[], None] = lambda: None
         self._choice: tuple[int, ...] | None = None  # that the network is calibrated at
@@ -163,6 +174,7 @@ class CalibratedNetwork:
         if self._choice != tuple(choice):
             self._choice = None  # until it is calibrated
             self._supernet.select(choice)
+            give_weights(weight_owners(self._supernet.model), self.weight_error)
             self._correct()
             self._choice = tuple(choice)
         return self._supernet.model
@@ -239,6 +251,24 @@ class Scorer:
         for choice, *figures in state["configurations"]:
             cost = self.problem.space.cost(choice)
             self.scored[tuple(choice)] = Scored(tuple(choice), cost, *figures)
+
+
+def comparing(problem: SearchProblem) -> Scorer:
+    """A scorer with the share of the weights' error that the problem compares configurations with."""
+    return Scorer(problem, CalibratedNetwork(problem, problem.weight_error).at)
+
+
+def measured(problem: SearchProblem, compared: Scorer, choice: Sequence[int]) -> dict[str, Any]:
+    """What a result reports of ``choice``: ``score`` and ``scored``, calibrated, with the whole error of weights.
+
+    Args:
+        problem: of the search; its model is still in floating point.
+        compared: as of ``comparing``; what it has scored is reported if it had that error.
+        choice: the result.
+    """
+    scorer = compared if problem.weight_error == 1 else Scorer(problem, targets=compared.targets)
+    scorer(choice)
+    return {"score": scorer, "scored": list(scorer.scored.values())}
 
 
 def score_all(

@@ -30,7 +30,7 @@ from saqcli.searchers.fit import fitted, tied
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import Batch, Scored, SearchProblem, SearchResult
 from saqcli.searchers.separable import Losses, relative_noise
-from saqcli.searchers.supernet import Scorer, closeness, score_all
+from saqcli.searchers.supernet import Scorer, closeness, comparing, measured, score_all
 from saqcli.searchers.uniforms import largest_uniform, untied_uniforms
 from saqcli.training.options import check_count
 
@@ -84,7 +84,7 @@ class Swaps:
             found = [best_choice(space, budget, losses), *([] if uniform is None else [uniform])]
             return found[:1] if found[0] == found[-1] else found
 
-        return SearchResult(list(best.choice), propose, race.on_all, list(race.on_all.scored.values()))
+        return SearchResult(list(best.choice), propose, **measured(problem, race.on_all, best.choice))
 
     def _first(self, problem: SearchProblem) -> list[Batch]:
         """Whole batches of the scoring images."""
@@ -146,7 +146,7 @@ class _Race:
         self._problem = replace(problem, images=replace(problem.images, scoring=first))
         self._known = known
         self.measured: list[Scored] = []
-        self.on_all = Scorer(problem)
+        self.on_all = comparing(problem)
         whole = len(first) == len(problem.images.scoring)
         self._on_first = self.on_all if whole else Scorer(self._problem, self.on_all.at)
         kept = problem.memory.load() or {}

@@ -65,7 +65,7 @@ ACCEPTED = {
     "--sharpness-from --style "
     "--verify-images --calibration --compensate --no-compensate --reconstruct --no-reconstruct --iterations",
     "search": f"{BITS} {IMAGES} {NETWORK} {RUN} --from --cache --calibration --epochs --lr --pareto --proxy --rho "
-    "--scoring-images --search-classes --search-images",
+    "--scoring-images --search-classes --search-images --weight-error",
     "rerun": f"--builder {GENERAL} --calibration --data --device --overwrite --resume --run-dir --weights "
     "--workers",
     "eval": f"--builder {IMAGES} {NETWORK} {GENERAL} --batch-sizes --bench --device --memory-format "

@@ -110,6 +110,11 @@ def search_again(
     """
     check_again(config)
     scores = read_scores(RunDirectory.open(source))
+    if config.search.weight_error not in (None, scores.weight_error):
+        raise ConfigError(
+            f"{source} measured its scores with `search.weight_error={scores.weight_error:g}`: remove "
+            f"`search.weight_error={config.search.weight_error:g}`, or search again"
+        )
     section = config.model.model_copy(update={"pretrained": False, "weights": None})
     network = wrap_and_trace(load_float(section, SILENT), config.quantization)
     start = time.perf_counter()
@@ -122,7 +127,14 @@ def search_again(
     choice = best_choice(space, budget, losses)
     result = SearchResult(choice, lambda other: [best_choice(space, other, losses)], losses=losses)
     problem = SearchProblem(
-        network.model, space, budget, scheme_of(config.quantization), {}, NO_IMAGES, _no_optimizer
+        network.model,
+        space,
+        budget,
+        scheme_of(config.quantization),
+        {},
+        NO_IMAGES,
+        _no_optimizer,
+        weight_error=scores.weight_error,
     )
     found = FoundBits(
         scores.searcher,

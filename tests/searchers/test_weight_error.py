@@ -1,0 +1,213 @@
+"""A search compares configurations with a share of the error of weights, and reports them with all of it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saqcli.quant.calibration import in_floating_point
+from saqcli.quant.convert import Scheme
+from saqcli.quant.correction import Corrections
+from saqcli.quant.layer import give_weights, perturbed, weight_owners
+from saqcli.quant.search_space import Candidates, search_space
+from saqcli.searchers import Scorer, SearchProblem, closeness
+from saqcli.searchers.baselines import ErrorKnapsack, RandomSearch
+from saqcli.searchers.divergences import divergences
+from saqcli.searchers.hawq import HAWQ
+from saqcli.searchers.sensitivity import Sensitivity
+from saqcli.searchers.separable import measure_noise
+from saqcli.searchers.supernet import CalibratedNetwork, Supernet, comparing
+from saqcli.searchers.swaps import Swaps
+from saqcli.searchers.uniforms import untied_uniforms
+from tests.support.searching import fresh, random_problem, tiny_problem
+
+APART = Candidates((2, 3, 4), (2, 3, 4))
+
+
+def apart(seed: int, share: float = 1.0) -> SearchProblem:
+    """A random network whose weights and inputs have widths of their own."""
+    problem = random_problem(seed)
+    space = search_space("net", problem.space.costs, APART)
+    return replace(problem, space=space, weight_error=share)
+
+
+def fewest(problem: SearchProblem) -> list[int]:
+    return [0] * len(problem.space.decisions)
+
+
+def outputs(model: nn.Module, problem: SearchProblem) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(problem.images.scoring[0][0])
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("seed", [1, 3, 4])
+def test_network_has_a_share_of_the_error(seed: int, share: float) -> None:
+    """The same network as one whose quantized weights are moved towards float by hand."""
+    problem = apart(seed)
+    found = outputs(CalibratedNetwork(problem, share).at(fewest(problem)), problem)
+    whole = Supernet(fresh(problem)).at(fewest(problem))
+    owners = weight_owners(whole)
+    with torch.no_grad():
+        back = [(1 - share) * (layer.effective_weight() - layer.quantized_weight()) for layer in owners]
+        with perturbed(owners, back):
+            expected = outputs(whole, problem)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found, outputs(whole, problem))
+
+
+def test_whole_error_is_the_calibrated_network() -> None:
+    problem = apart(3)
+    for choice in untied_uniforms(problem.space, problem.budget):
+        assert comparing(problem)(choice) == Scorer(problem)(choice)
+
+
+def test_normalized_weights_are_moved_towards_unrounded_ones() -> None:
+    """Not towards weights that are not normalized."""
+    scheme = Scheme(quantizer="clip", weight_normalization=True, restore_deviation=False)
+    problem = tiny_problem("conv_bn", candidates=Candidates((8,)), scheme=scheme)
+    model = CalibratedNetwork(problem, 0.0).at([0] * len(problem.space.decisions))
+    convolutions = [layer for layer in weight_owners(model) if layer.latent_weight().dim() == 4]
+    assert convolutions
+    for layer in convolutions:
+        given, quantized = layer.given_weight, layer.weight_quantizer(layer.effective_weight())
+        assert given is not None
+        torch.testing.assert_close(
+            given, quantized, rtol=0, atol=float(layer.weight_quantizer.step().detach().max())
+        )
+        assert not torch.equal(given, quantized)
+
+
+def test_float_passes_take_no_given_weights() -> None:
+    """Corrections measure the float network while weights with a share of their error are given."""
+    problem = apart(3)
+    expected = outputs(fresh(problem).model, problem)
+    supernet = Supernet(fresh(problem))
+    model = supernet.at(fewest(problem))
+    give_weights(weight_owners(model), 0.5)
+    with in_floating_point(model):
+        assert torch.equal(outputs(model, problem), expected)
+    kept = [layer.given_weight for layer in weight_owners(model)]
+    assert all(weight is not None for weight in kept)
+
+
+def test_corrections_bring_the_compared_network_nearer() -> None:
+    """As they do with the whole error; measured against the float network, not against itself."""
+    problem = tiny_problem("conv_bn", candidates=Candidates((2,)))
+    images = problem.images.scoring[0][0]
+
+    def corrections(model: nn.Module) -> Any:
+        correct = Corrections(model, biases=True, norms=True)
+        return lambda: correct([images])
+
+    corrected = replace(problem, corrections=corrections, weight_error=0.5)
+    choice = fewest(problem)
+    plain, better = (
+        comparing(fresh(one))(choice)
+        for one in (replace(corrected, corrections=problem.corrections), corrected)
+    )
+    assert better.divergence < plain.divergence
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_losses_of_weights_are_quadratic_in_the_share(share: float) -> None:
+    problem = apart(3)
+    part = replace(problem, weight_error=share)
+    whole, found = divergences(fresh(problem), 4), divergences(fresh(part), 4)
+    for name, value in whole.items():
+        factor = share**2 if name.startswith("weight") else 1.0
+        assert found[name] == pytest.approx(factor * value, rel=1e-4, abs=1e-12)
+    noise, less = measure_noise(fresh(problem)), measure_noise(fresh(part))
+    for key, one in noise.items():
+        factor = share**2 if key.operand == "weight" else 1.0
+        assert less[key].error == pytest.approx(factor * one.error)
+        assert less[key].power == one.power
+
+
+@pytest.mark.parametrize("searcher", [ErrorKnapsack(), HAWQ(samples=1), Sensitivity()])
+def test_weights_without_error_get_the_fewest_bits(searcher: Any) -> None:
+    """With a share of 0 nothing is gained by more bits of weights."""
+    problem = apart(3, share=0.0)
+    found = searcher.search(fresh(problem))
+    assert found.losses is not None
+    for decision, row in zip(problem.space.decisions, found.losses, strict=True):
+        by_inputs: dict[int | None, list[float]] = {}
+        for bits, loss in zip(decision.options, row, strict=True):
+            by_inputs.setdefault(bits.activation, []).append(loss)
+        for losses in by_inputs.values():
+            assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-6)
+        assert len({round(min(losses), 9) for losses in by_inputs.values()}) > 1
+
+
+def test_sensitivity_is_measured_with_the_share() -> None:
+    """Against the loss of a network in which only that layer has a part of its error."""
+    share, problem = 0.4, apart(4)
+    losses = Sensitivity().losses(fresh(replace(problem, weight_error=share)))
+    total = sum(len(part) for _, part in problem.images.scoring)
+    supernet = Supernet(fresh(problem))
+    model = supernet.at(fewest(problem)).eval()
+    kept = {layer: (layer.weight_quantizer, layer.input_quantizer) for layer in weight_owners(model)}
+    for layer in kept:
+        layer.weight_quantizer = layer.input_quantizer = nn.Identity()
+
+    @torch.no_grad()
+    def loss() -> float:
+        return sum(
+            float(nn.functional.cross_entropy(model(images), labels, reduction="sum"))
+            for images, labels in problem.images.scoring
+        )
+
+    base = loss()
+    for index in range(len(problem.space.decisions)):
+        members = supernet.layers_of(index)
+        for layer in members:
+            layer.weight_quantizer, layer.input_quantizer = kept[layer]
+        with torch.no_grad():
+            back = [(1 - share) * (m.effective_weight() - m.quantized_weight()) for m in members]
+        with perturbed(members, back):
+            assert losses[index][0] == pytest.approx((loss() - base) / total, rel=1e-3, abs=1e-6)
+        for layer in members:
+            layer.weight_quantizer = layer.input_quantizer = nn.Identity()
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_swaps_compare_with_the_share(seed: int) -> None:
+    """The result is no farther from float than any uniform configuration, each with the share of its error."""
+    problem = apart(seed, share=0.5)
+    found = Swaps(images=4, swaps=6).search(fresh(problem))
+    compare = comparing(fresh(problem))
+    mine = closeness(compare(found.choice))
+    assert all(
+        mine <= closeness(compare(choice)) for choice in untied_uniforms(problem.space, problem.budget)
+    )
+
+
+@pytest.mark.parametrize("searcher", [Swaps(images=4, swaps=4), RandomSearch(draws=6)])
+def test_results_report_the_whole_error(searcher: Any) -> None:
+    problem = apart(3, share=0.3)
+    found = searcher.search(fresh(problem))
+    assert found.score is not None
+    assert list(found.scored) == [Scorer(fresh(problem))(found.choice)]
+    assert found.score(found.choice) == found.scored[0]
+
+
+def test_random_takes_the_nearest_with_the_share() -> None:
+    whole, part = (RandomSearch(draws=12).search(apart(3, share)) for share in (1.0, 0.0))
+    compare = comparing(apart(3, 0.0))
+    assert min((one.choice for one in whole.scored), key=lambda choice: closeness(compare(choice))) == tuple(
+        part.choice
+    )
+
+
+def test_quantized_weights_serve_again_after_the_whole_error() -> None:
+    problem = apart(1)
+    supernet = Supernet(fresh(problem))
+    model = supernet.at(fewest(problem))
+    before = outputs(model, problem)
+    give_weights(weight_owners(model), 0.5)
+    assert not torch.equal(outputs(model, problem), before)
+    give_weights(weight_owners(model), 1.0)
+    assert torch.equal(outputs(model, problem), before)

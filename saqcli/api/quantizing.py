@@ -106,8 +106,8 @@ def quantize_model(
         inputs: from a batch to a tensor, a tuple or a dictionary of the module's arguments.
         samples: calibration samples that are read.
         searcher: of a budget, by name; those that need labelled images take them from ``calibration``.
-        search: keyword arguments that only ``saqcli.search`` has: ``options``, ``activation_candidates``, ``cost`` and
-            ``lr``.
+        search: keyword arguments that only ``saqcli.search`` has: ``options``, ``activation_candidates``, ``cost``,
+            ``lr`` and ``weight_error``.
         candidates: bit-widths that a search may give to a layer.
         pins: bits by pattern of layer names: ``{"layer4.*": "8", "*.conv1": "3-6", "fc": "w8a4"}``; not with
             ``policy``.

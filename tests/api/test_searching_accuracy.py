@@ -72,3 +72,32 @@ def test_missed_bound_warns_in_one_line() -> None:
     assert "\n" not in str(warning.message)
     assert warning.filename == __file__
     assert quantized(wrong[0][0]).shape == (32, 2)
+
+
+def test_share_of_the_error_of_weights_is_a_keyword() -> None:
+    """Weights that cost nothing to round get fewer bits, and inputs more."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))
+    data = [torch.randn(64, 8)]
+    widths = {"candidates": (2, 3, 4, 5, 6, 8), "activation_candidates": "same"}
+    whole, none = (saq.search(net, "w4a4", data, weight_error=share, **widths) for share in (1.0, 0.0))
+
+    def bits_of(found: saq.FoundBits, operand: str) -> int:
+        return sum(getattr(bits, operand) for bits in found.policy.layers.values())
+
+    assert bits_of(none, "weight") < bits_of(whole, "weight")
+    assert bits_of(none, "activation") > bits_of(whole, "activation")
+    given = {"weight_error": 0.0, "activation_candidates": "same"}
+    quantized = saq.quantize_model(
+        net, budget="w4a4", calibration=data, search=given, candidates=(2, 3, 4, 5, 6, 8)
+    )
+    assert saq.bops(quantized, example=data[0][:1]) == none.cost.bops
+
+
+@pytest.mark.parametrize(
+    ("searcher", "share", "expected"), [("error", 1.5, "from 0 to 1"), ("samq", 0.5, "trains weights itself")]
+)
+def test_impossible_share_is_refused(searcher: str, share: float, expected: str) -> None:
+    net, data = trained()
+    with pytest.raises(ConfigError, match=expected):
+        saq.search(net, "w4a4", data, searcher=searcher, weight_error=share)

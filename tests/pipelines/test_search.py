@@ -11,9 +11,9 @@ import torch
 
 from saqcli.analysis.base import Settings
 from saqcli.api.arguments import widths_of
-from saqcli.config import QuantizationSection, RunConfig
+from saqcli.config import QuantizationSection, RunConfig, resolve
 from saqcli.data.datasets import divide, open_split
-from saqcli.pipelines.bits import given_policy
+from saqcli.pipelines.bits import TO_BE_TRAINED, given_policy, weight_error_of
 from saqcli.pipelines.calibration import calibrate, install_quantizers
 from saqcli.pipelines.quantize import prepare
 from saqcli.progress import SILENT
@@ -293,6 +293,44 @@ def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Pat
 # Requests
 
 
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, TO_BE_TRAINED),
+        ({"training.epochs": 0}, 1.0),
+        ({"training.epochs": 0, "reconstruction.enabled": True}, TO_BE_TRAINED),
+        ({"search.pareto": 3}, 1.0),
+        ({"quantization.max_drop": 1.0}, 1.0),
+        ({"quantization.min_top1": 70.0}, 1.0),
+        ({"quantization.searcher": "asga"}, 1.0),
+        ({"quantization.searcher": "samq"}, 1.0),
+        ({"search.weight_error": 0.0}, 0.0),
+        ({"search.weight_error": 1.0}, 1.0),
+        ({"training.epochs": 0, "search.weight_error": 0.3}, 0.3),
+    ],
+)
+def test_share_of_the_error_follows_what_comes_after(settings: dict[str, Any], share: float) -> None:
+    config = resolve(options={"model.name": MODEL, "quantization.bops": "w4a4", **settings})
+    assert weight_error_of(config) == share
+
+
+def test_share_of_the_error_is_said_and_recorded(network: list[object], tmp_path: Path) -> None:
+    """A search and the command that would train what it finds choose the same bits."""
+    budget = ("--budget", "w4a4", "--searcher", "error", "--candidates", "2,3,4,5,6,8")
+    result = saq("search", *network, *budget, "--run-dir", tmp_path / "half")
+    assert "compared with 0.5 of the error of weights" in result.stderr
+    whole = answer("search", *network, *budget, "--weight-error", 1, "--run-dir", tmp_path / "whole")
+    half = json.loads((tmp_path / "half" / "search.json").read_text())
+    assert (half["weight_error"], whole["weight_error"]) == (0.5, 1.0)
+    assert json.loads((tmp_path / "half" / "scores.json").read_text())["weight_error"] == 0.5
+
+    def mean_bits(found: dict[str, Any], operand: str) -> float:
+        return sum(bits[operand] for bits in found["policy"].values()) / len(found["policy"])
+
+    assert mean_bits(half, "weight") < mean_bits(whole, "weight")
+    assert mean_bits(half, "activation") > mean_bits(whole, "activation")
+
+
 def test_pins_are_respected(network: list[object], tmp_path: Path) -> None:
     found = answer(
         *("search", *network, "--budget", "w4a4", *QUICK, "--run-dir", tmp_path / "run"),
@@ -439,6 +477,8 @@ def test_unreachable_size_names_the_range(network: list[object], tmp_path: Path)
             "true or",
         ),
         (["--budget", "w4a4", "--searcher", "samq", "--epochs", 0.5], "whole number"),
+        (["--budget", "w4a4", "--searcher", "asga", "--weight-error", 0.5], "trains weights itself"),
+        (["--budget", "w4a4", "--weight-error", 1.5], "less than or equal to 1"),
         (["--budget", "w4a4", "--searcher", "hawq", "--set", "search.options.hawq.samples=0"], "samples"),
         (["--budget", "w4a4", "--searcher", "samq", "--set", "search.optimizer=nope"], "nope"),
         (["--budget", "w9a9"], "--budget w9a9"),

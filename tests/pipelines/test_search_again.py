@@ -37,7 +37,7 @@ def test_same_result_as_a_new_search(kept: Path, digits: Path, tmp_path: Path) -
     for name in ("policy.json", "scores.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
     scores = json.loads((kept / "scores.json").read_text())
-    assert list(scores) == ["schema_version", "saq_version", "model", "searcher", "losses"]
+    assert list(scores) == ["schema_version", "saq_version", "model", "searcher", "weight_error", "losses"]
     third = answer("search", "--from", tmp_path / "again", "--size", "w2a2", "--run-dir", tmp_path / "third")
     assert (third["budget_bops"], third["size_bytes"] < again["size_bytes"]) == (None, True)
 
@@ -68,6 +68,9 @@ def test_what_cannot_be_solved_again(kept: Path, digits: Path, tmp_path: Path) -
         "--from", kept, "--budget", "w4a4", "--quantizer", "lsq", "--seed", 3
     )
     assert "did not measure layer" in error("--from", kept, "--budget", "w4a4", "--candidates", "4,7")
+    assert "with --weight-error 0.5: remove --weight-error 1" in error(
+        "--from", kept, "--budget", "w4a4", "--weight-error", 1
+    )
     assert "is measured on images" in error("--from", kept, "--budget", "w4a4", "--max-drop", 1)
     assert "remove MODEL" in error(MODEL, "--from", kept, "--budget", "w4a4")
     assert "no configuration of" in error("--from", kept, "--budget", "1K")

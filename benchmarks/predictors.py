@@ -5,9 +5,11 @@
 Random configurations that use the budget, and those that searchers find, are scored, calibrated and fine-tuned in the
 same way. Scores are sums of losses of single operands (``error``, ``fisher``, ``hawq``, ``sensitivity``, and
 ``fitted``: ``fisher`` with the factors that ``swaps`` fits to its starts) and figures of the calibrated network on
-held-out training images (``divergence``, ``loss``, ``top-1``). They are compared with top-1 and loss on the test
-images, before and after fine-tuning, by Spearman's rank correlation; 1 is a perfect prediction. Every configuration is
-one line of ``results/results.jsonl``; existing lines are not run again.
+held-out training images (``divergence``, ``loss``, ``top-1``); *half the error* are the same with half the quantization
+error of weights, as searches compare configurations that are to be trained. They are compared with top-1 and loss on
+the test images, before and after fine-tuning, by Spearman's rank correlation; 1 is a perfect prediction. Every
+configuration is one line of ``results/results.jsonl``; existing lines are not run again. With ``--trained FILE``
+the accuracy of configurations that are in that file is taken from there, and only scores are measured.
 """
 
 import argparse
@@ -17,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_json, append, parser, read, show
+from common import add_json, append, origin, parser, read, show
 from scipy.stats import spearmanr
 from searchers import Bench
 
+from saqcli.pipelines.bits import TO_BE_TRAINED
 from saqcli.pipelines.find_bits import bind_search, request_search
 from saqcli.progress import SILENT
 from saqcli.searchers.divergences import add_divergences, divergences
@@ -30,26 +33,36 @@ from saqcli.searchers.knapsack import Sampler, best_choice
 from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Losses, relative_noise
-from saqcli.searchers.supernet import Scorer
+from saqcli.searchers.supernet import Scorer, comparing
 from saqcli.searchers.swaps import simple_choices
 from saqcli.searchers.uniforms import untied_uniforms
 
 # Higher is worse in all of them.
-SUMS = ("error", "fisher", "fitted", "hawq", "sensitivity")
-MEASURED = ("divergence", "held-out loss", "held-out top-1")
+HALF = ", half the error"
+SUMS = ("error", "fisher", f"fisher{HALF}", "fitted", f"fitted{HALF}", "hawq", "sensitivity")
+MEASURED = ("divergence", f"divergence{HALF}", "held-out loss", "held-out top-1")
+FIGURES = ("calibrated", "top1", "loss", "train_seconds")
 
 
 def sums(problem: SearchProblem, scorer: Scorer) -> dict[str, Losses]:
     """The losses of every option by score."""
-    hawq, space, alone = HAWQ(), problem.space, divergences(problem, 64)
-    error, fisher = relative_noise(problem), add_divergences(space, alone)
-    starts = simple_choices(space, problem.budget, fisher, error)
+    hawq = HAWQ()
     return {
-        "error": error,
-        "fisher": fisher,
-        "fitted": fitted(space, alone, [scorer(choice) for choice in starts]),
+        "error": relative_noise(problem),
+        **from_divergences(problem, scorer),
         "hawq": hawq.losses(problem, hawq.traces(problem)),
         "sensitivity": Sensitivity().losses(fresh(problem)),
+    }
+
+
+def from_divergences(problem: SearchProblem, scorer: Scorer, suffix: str = "") -> dict[str, Losses]:
+    """The sums of ``fisher``, and those fitted to the starts of ``swaps``."""
+    space, alone = problem.space, divergences(problem, 64)
+    fisher = add_divergences(space, alone)
+    starts = simple_choices(space, problem.budget, fisher, relative_noise(problem))
+    return {
+        f"fisher{suffix}": fisher,
+        f"fitted{suffix}": fitted(space, alone, [scorer(choice) for choice in starts]),
     }
 
 
@@ -64,21 +77,25 @@ def measure(wanted: argparse.Namespace) -> None:
     config = bench.config(wanted.budget, "swaps", 0)
     request = request_search(config, bench.network, bench.images(config), SILENT)
     problem = bind_search(config, request, bench.statistics, SILENT).problem
+    problem = dataclasses.replace(problem, weight_error=1.0)
     space, budget = problem.space, problem.budget
-    scorer = Scorer(problem)
-    losses = sums(problem, scorer)
+    half = dataclasses.replace(problem, weight_error=TO_BE_TRAINED)
+    scorer, of_half = Scorer(problem), comparing(half)
+    losses = sums(problem, scorer) | from_divergences(half, of_half, HALF)
     drawn = Sampler(space, budget, torch.Generator().manual_seed(0)).draw_distinct(wanted.configurations)
     kinds = [("random", choice) for choice in drawn]
     kinds += [(name, best_choice(space, budget, each)) for name, each in losses.items()]
     kinds += [("untied", choice) for choice in untied_uniforms(space, budget)]
     asked = {"budget": wanted.budget, "epochs": wanted.epochs, "lr": wanted.lr}
+    trained = {tuple(line["choice"]): line for line in read(wanted.trained)} if wanted.trained else {}
     done = {tuple(line["choice"]) for line in read(results) if asked.items() <= line.items()}
     for kind, choice in kinds:
         if tuple(choice) in done:
             continue
         done.add(tuple(choice))
-        scored = scorer(choice)
+        scored, before = scorer(choice), trained.get(tuple(choice))
         line = {
+            **origin(wanted),
             "kind": kind,
             **asked,
             "choice": list(choice),
@@ -88,9 +105,10 @@ def measure(wanted: argparse.Namespace) -> None:
                 for name, each in losses.items()
             },
             "divergence": scored.divergence,
+            f"divergence{HALF}": of_half(choice).divergence,
             "held-out loss": scored.loss,
             "held-out top-1": scored.top1,
-            **bench.train(space.config(choice), 0),
+            **({name: before[name] for name in FIGURES} if before else bench.train(space.config(choice), 0)),
         }
         append(results, line)
 
@@ -134,6 +152,9 @@ def main() -> None:
     options.add_argument("--lr", type=float, default=0.01)
     options.add_argument("--method", default="qat")
     options.add_argument("--set", dest="assign", action="append", help="any setting")
+    options.add_argument(
+        "--trained", type=Path, help="results with the accuracy of configurations after training"
+    )
     options.add_argument("--table", action="store_true")
     options.add_argument("--quick", action="store_true", help="4 configurations, not trained")
     add_json(options)

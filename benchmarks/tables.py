@@ -191,10 +191,13 @@ def predictors() -> str:
     for name in (
         "error",
         "fisher",
+        "fisher, half the error",
         "fitted",
+        "fitted, half the error",
         "hawq",
         "sensitivity",
         "divergence",
+        "divergence, half the error",
         "held-out loss",
         "held-out top-1",
     ):

@@ -48,6 +48,8 @@ from saqcli.training.optimizer import make_objective, make_optimizer
 from saqcli.training.step import Recovery, Stepper
 from saqcli.training.trainer import Trainer
 
+# Of a policy that is trained or reconstructed, configurations are compared with half the error of weights by default.
+WHOLE = ", whole error"
 # The compared searchers with their options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
@@ -56,7 +58,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sensitivity": ("sensitivity", {}),
     "hawq": ("hawq", {}),
     "fisher": ("fisher", {}),
+    f"fisher{WHOLE}": ("fisher", {}),
     "swaps": ("swaps", {}),
+    f"swaps{WHOLE}": ("swaps", {}),
     "samq": ("samq", {}),
     "samq without sharpness": ("samq", {"sharpness": False}),
     "asga": ("asga", {}),
@@ -89,6 +93,7 @@ class Bench:
             "quantization.bops": budget,
             "quantization.searcher": searcher,
             "search.options": {searcher: options},
+            "search.weight_error": 1.0 if name.endswith(WHOLE) else None,
             "search.proxy": json.loads(self.wanted.proxy) if self.wanted.proxy else None,
             "training.method": self.wanted.method,
             "training.epochs": self.wanted.epochs,

@@ -106,9 +106,9 @@ def searchers() -> str:
 def trained() -> str:
     """Top-1 after reconstruction or fine-tuning at every searcher's policy, from ``searchers.py``."""
     rows = [
-        "| network, budget | then | best uniform, calibrated | swaps, calibrated | uniform | best uniform | "
-        f"{' | '.join(TRAINED)} | gain of swaps |",
-        "|--|--|--|--|--|--|" + "--|" * (len(TRAINED) + 1),
+        "| network, budget | then | best uniform, calibrated | swaps, calibrated | best uniform | "
+        f"{' | '.join(TRAINED)} | gain of swaps | seeds |",
+        "|--|--|--|--|--|" + "--|" * (len(TRAINED) + 2),
     ]
     for members in _groups(read(FOLDER / "results" / "trained.jsonl"), "model", "budget", "stages", "epochs"):
         first = members[0]
@@ -126,16 +126,16 @@ def trained() -> str:
             _mean([line[figure] for line in found[name]]) if name in found else ""
             for figure, names in (
                 ("calibrated", (best["calibrated"], "swaps")),
-                ("top1", ("uniform", best["top1"], *TRAINED)),
+                ("top1", (best["top1"], *TRAINED)),
             )
             for name in names
         ]
-        cells[3] += f" ({best['top1'].removeprefix('untied ')})"
-        gain = statistics.mean(line["top1"] for line in found["swaps"]) - statistics.mean(
-            line["top1"] for line in found[best["top1"]]
-        )
+        cells[2] += f" ({best['top1'].removeprefix('untied ')})"
+        base = {line["seed"]: line["top1"] for line in found[best["top1"]]}
+        gains = [line["top1"] - base[line["seed"]] for line in found["swaps"] if line["seed"] in base]
         then = ", ".join([*first["stages"], *([f"{first['epochs']} epochs"] if first["epochs"] else [])])
-        rows.append(f"| `{first['model']}`, {first['budget']} | {then} | {' | '.join(cells)} | {gain:+.2f} |")
+        cells += [_mean(gains), str(len(gains))]
+        rows.append(f"| `{first['model']}`, {first['budget']} | {then} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -241,7 +241,7 @@ def readme() -> str:
 
 
 SEARCHED = ("error", "fisher", "swaps")
-TRAINED = ("error", "fisher", "fisher, weights x0.1", "swaps")
+TRAINED = ("fisher, whole error", "fisher", "swaps, whole error", "swaps")
 OTHERS = ("hawq", "random", "samq", "asga")
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,

@@ -525,10 +525,10 @@ class SearchSection(_Section):
         float | None,
         Field(ge=0, le=1),
         Option(
-            "Share of the rounding error of weights that configurations are compared with: training and reconstruction "
-            "repair the rest",
+            "Share of the quantization error of weights that configurations are compared with: training and "
+            "reconstruction repair the rest",
             "SHARE",
-            "0.5 if the policy is to be trained or reconstructed, else 1",
+            "0.5 for a policy that will be trained or reconstructed, 1 where calibrated accuracy is asked for",
         ),
     ] = None
     optimizer: str = "sgd"

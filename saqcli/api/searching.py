@@ -130,7 +130,7 @@ def search(
         junctions: kinds of further operators whose operands are quantized, as in ``quantize_model``.
         lr: learning rate of the weights, for searchers that train.
         weight_error: share of the quantization error of weights that configurations are compared with, 0 to 1: give 0.5
-            for a policy that is to be trained, which repairs the rest. Searchers that train take 1.
+            for a policy that is to be trained, which repairs the rest.
         samples: most samples that are read.
         seed: random seed.
         progress: reports calibration and search.
@@ -226,13 +226,9 @@ def find_bits(
     space.check_reachable(asked)
     bound = asked if asked.bounds() else middle(space)
     entry = SEARCHERS.find(searcher, "searcher")
-    if not 0 <= weight_error <= 1 or (entry.trains and weight_error != 1):
-        reason = (
-            f"searcher {searcher} trains weights itself: give 1"
-            if entry.trains
-            else "give a share from 0 to 1"
-        )
-        raise ConfigError(f"`weight_error={weight_error:g}`: {reason}")
+    if not 0 <= weight_error <= 1:
+        raise ConfigError(f"`weight_error={weight_error:g}`: give a share from 0 to 1")
+    check_takes_weight_error(searcher, weight_error, "weight_error")
     found = searcher_with(searcher, options or {})
     images = NO_IMAGES
     if entry.uses_images or accuracy is not None:
@@ -275,6 +271,19 @@ def search_options(given: Mapping[str, Any]) -> dict[str, Any]:
                 "itself"
             )
     return dict(given)
+
+
+def check_takes_weight_error(name: str, share: float | None, setting: str) -> None:
+    """Check that the searcher ``name`` compares configurations with a share of the error of weights, if one is given.
+
+    Raises:
+        ConfigError: it counts the whole error.
+    """
+    if share not in (None, 1) and not SEARCHERS.find(name).takes_weight_error:
+        able = ", ".join(known for known, entry in SEARCHERS.items() if entry.takes_weight_error)
+        raise ConfigError(
+            f"searcher {name} counts the whole error of weights: remove `{setting}={share:g}`, or choose from {able}"
+        )
 
 
 def searcher_with(name: str, options: Mapping[str, Any]) -> Searcher:

@@ -9,7 +9,7 @@ from torch import nn
 from saqcli.api.arguments import space_for, widths_of
 from saqcli.api.budgets import REFERENCE, bound_of, cost_unit, priced, relative_bound
 from saqcli.api.networks import in_order, uniform_policy
-from saqcli.api.searching import searcher_with
+from saqcli.api.searching import check_takes_weight_error, searcher_with
 from saqcli.api.sources import policy_file
 from saqcli.config import QuantizationSection, RunConfig, names_table
 from saqcli.errors import ConfigError, Problems
@@ -121,11 +121,7 @@ def make_searcher(config: RunConfig) -> Searcher:
             f"`search.pareto={section.pareto}` counts bit-operations: remove it, or "
             f"`quantization.cost={config.quantization.cost}`"
         )
-    if entry.trains and section.weight_error not in (None, 1):
-        raise ConfigError(
-            f"searcher {name} trains weights itself, and compares configurations with the whole error: remove "
-            f"`search.weight_error={section.weight_error}`"
-        )
+    check_takes_weight_error(name, section.weight_error, "search.weight_error")
     options = dict(section.options.get(name, {}))
     if section.epochs is not None:
         if not entry.trains:
@@ -149,15 +145,15 @@ def weight_error_of(config: RunConfig) -> float:
     """The share of the quantization error of weights that a search compares configurations with.
 
     Unless it is given, it is ``TO_BE_TRAINED`` for a policy that the settings train or reconstruct. It is 1 where
-    calibrated accuracy is asked for, under a bound of accuracy or for a front, and for a searcher that trains weights
-    itself.
+    calibrated accuracy is asked for, under a bound of accuracy or for a front, and for a searcher that does not take
+    a share.
     """
     if config.search.weight_error is not None:
         return config.search.weight_error
     repaired = config.training.epochs > 0 or config.reconstruction.enabled
     calibrated = bool(config.search.pareto) or accuracy_bound(config.quantization) is not None
-    trains = SEARCHERS.find(config.quantization.searcher).trains
-    return TO_BE_TRAINED if repaired and not calibrated and not trains else 1.0
+    able = SEARCHERS.find(config.quantization.searcher).takes_weight_error
+    return TO_BE_TRAINED if able and repaired and not calibrated else 1.0
 
 
 def space_of(section: QuantizationSection, network: Network) -> SearchSpace:

@@ -14,7 +14,15 @@ from saqcli.config import ModelSection, RunConfig, names_own_network
 from saqcli.data.datasets import Split
 from saqcli.data.splits import Images
 from saqcli.models.load import LoadedModel, default_classes, published_weights
-from saqcli.pipelines.bits import accuracy_bound, budget_of, figures_of, given_policy, keeps_scores, space_of
+from saqcli.pipelines.bits import (
+    accuracy_bound,
+    budget_of,
+    figures_of,
+    given_policy,
+    keeps_scores,
+    space_of,
+    weight_error_of,
+)
 from saqcli.pipelines.calibration import check_exports
 from saqcli.pipelines.checks import check_quantize, check_search, network_for
 from saqcli.pipelines.export import onnx_names
@@ -111,6 +119,7 @@ def plan(
         "data": _described(images, proxy, verb),
         "bits": _bits(config),
         "searcher": section.searcher if searches else None,
+        "weight_error": weight_error_of(config) if searches else None,
         "decisions": len(space.decisions) if space is not None else 0,
         "budget_bops": budget.bit_operations,
         "budget_bytes": budget.size,

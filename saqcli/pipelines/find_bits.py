@@ -223,6 +223,16 @@ def bind_search(
     return BoundSearch(problem, request.asked, request.network, search_network)
 
 
+def explain_weight_error(share: float) -> list[str]:
+    """The share of the error of weights that configurations are compared with, as a line; none for all of it."""
+    if share == 1:
+        return []
+    return [
+        f"configurations are compared with {share:g} of the quantization error of weights: training and reconstruction "
+        "repair the rest"
+    ]
+
+
 def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBits:
     """The policy that the configured searcher finds.
 
@@ -231,11 +241,8 @@ def find_bits(config: RunConfig, bound: BoundSearch, memory: Memory) -> FoundBit
         PluginError: a searcher of another package failed.
     """
     searcher, problem = make_searcher(config), replace(bound.problem, memory=memory)
-    if problem.weight_error != 1:
-        problem.progress.note(
-            f"configurations are compared with {problem.weight_error:g} of the error of weights: training or "
-            "reconstruction repairs the rest"
-        )
+    for line in explain_weight_error(problem.weight_error):
+        problem.progress.note(line)
     start = time.perf_counter()
     result = run(config.quantization.searcher, searcher, problem)
     choice = distributed.from_first(lambda: result.choice)  # the ranks may have different processors

@@ -18,13 +18,7 @@ from saqcli.errors import UnsupportedModel
 from saqcli.quant.calls import Call, tensors_in
 from saqcli.quant.junctions.places import Place
 from saqcli.quant.junctions.sharing import activation_places, owners, without_requantization
-from saqcli.quant.layer import (
-    QuantizedLayer,
-    in_eval_mode,
-    is_convolution,
-    quantized_layers,
-    weights_taken,
-)
+from saqcli.quant.layer import QuantizedLayer, in_eval_mode, is_convolution, quantized_layers
 from saqcli.quant.products import QuantizedProduct
 from saqcli.quant.quantizers import Quantizer
 from saqcli.quant.starts import choose_starts
@@ -165,8 +159,7 @@ def in_floating_point(model: nn.Module) -> Iterator[None]:
     try:
         for place, _ in kept:
             place.put(nn.Identity())
-        with weights_taken(list(layers)):
-            yield
+        yield
     finally:
         for place, quantizer in kept:
             place.put(quantizer)

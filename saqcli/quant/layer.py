@@ -264,21 +264,6 @@ def weights_taken(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
             layer.given_weight, layer.given_from = given, origin
 
 
-@torch.no_grad()
-def give_weights(layers: Iterable[QuantizedLayer], error: float) -> None:
-    """Give ``layers``, see ``weight_owners``, their weights with a share of the quantization error.
-
-    That is w + error * (Q(w) - w), at their active bits, where w is the weight before rounding; with an error of 1
-    they quantize their weights at every use again.
-    """
-    for layer in layers:
-        layer.given_weight = layer.given_from = None
-        quantizer, weight = layer.weight_quantizer, layer.effective_weight()
-        if error != 1 and isinstance(quantizer, Quantizer):
-            plain, weight = quantizer.fold(weight)
-            layer.given_weight = torch.lerp(weight, plain(weight), error)
-
-
 @contextmanager
 def weights_constant(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
     """Within the context the given weights of ``layers`` collect no gradients."""

@@ -27,7 +27,8 @@ Everything in ``__all__`` is public. Beside the contract these are:
   ``SearchSpace.cheaper`` (one layer at fewer bits), ``cost``, ``config`` and ``nearest``;
 - losses that add up over layers: ``measure_noise`` and ``relative_noise`` (quantization errors), ``add_losses``,
   ``sums_over_batches`` (over the images, on all ranks, resumable);
-- scores: ``Scorer`` (accuracy and loss of a configuration as fine-tuning would start from it), ``score_all``, ``rank``;
+- scores: ``Scorer`` (accuracy and loss of a configuration as fine-tuning would start from it), ``Comparison`` (the same
+  with the problem's share of the error of weights, for policies that will be trained), ``score_all``, ``rank``;
 - networks: ``Supernet`` (computes at any configuration), ``remaining_batches`` (an epoch, resumed).
 """
 
@@ -52,7 +53,7 @@ from saqcli.searchers.problem import (
 from saqcli.searchers.samq import SAMQ
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Key, add_losses, measure_noise, relative_noise, sums_over_batches
-from saqcli.searchers.supernet import Scorer, Supernet, closeness, rank, score_all
+from saqcli.searchers.supernet import Comparison, Scorer, Supernet, closeness, rank, score_all
 from saqcli.searchers.swaps import Swaps
 
 
@@ -67,6 +68,8 @@ class SearcherEntry(NamedTuple):
         fills_budget: promises to use at least ``BUDGET_USE`` of a bound wherever the space has such a configuration.
         keeps_scores: whether its results have ``losses``, from which another budget can be solved.
         uses_labels: whether the images need labels.
+        takes_weight_error: whether it compares configurations with the problem's ``weight_error``, as ``measure_noise``
+            and ``Comparison`` do; for others that is 1.
     """
 
     make: Callable[..., Searcher]
@@ -76,6 +79,7 @@ class SearcherEntry(NamedTuple):
     fills_budget: bool = False
     keeps_scores: bool = False
     uses_labels: bool = True
+    takes_weight_error: bool = False
 
 
 def _problem(plugin: Any) -> str | None:
@@ -103,12 +107,14 @@ _OURS = {
         "Hessian traces times quantization errors, exact knapsack (arXiv:1911.03852)",
         fills_budget=True,
         keeps_scores=True,
+        takes_weight_error=True,
     ),
     "sensitivity": SearcherEntry(
         Sensitivity,
         "loss with one layer quantized at a time, exact knapsack",
         fills_budget=True,
         keeps_scores=True,
+        takes_weight_error=True,
     ),
     "fisher": SearcherEntry(
         Fisher,
@@ -116,13 +122,17 @@ _OURS = {
         uses_labels=False,
         fills_budget=True,
         keeps_scores=True,
+        takes_weight_error=True,
     ),
     "swaps": SearcherEntry(
         Swaps,
         "optima of sums fitted to measurements, and measured swaps of bits between layers",
         uses_labels=False,
+        takes_weight_error=True,
     ),
-    "random": SearcherEntry(RandomSearch, "best of several random configurations", fills_budget=True),
+    "random": SearcherEntry(
+        RandomSearch, "best of several random configurations", fills_budget=True, takes_weight_error=True
+    ),
     "error": SearcherEntry(
         ErrorKnapsack,
         "relative quantization errors, exact knapsack; takes seconds",
@@ -130,6 +140,7 @@ _OURS = {
         uses_labels=False,
         fills_budget=True,
         keeps_scores=True,
+        takes_weight_error=True,
     ),
     "uniform": SearcherEntry(Uniform, "the same bits everywhere", uses_images=False, uses_labels=False),
 }
@@ -173,6 +184,7 @@ def _wrong_result(result: Any, problem: SearchProblem) -> str | None:
 
 __all__ = [
     "SEARCHERS",
+    "Comparison",
     "Key",
     "Sampler",
     "Scored",

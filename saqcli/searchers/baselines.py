@@ -16,7 +16,7 @@ from saqcli.quant.cost import Budget
 from saqcli.searchers.knapsack import FRONT_DRAWS, Sampler, best_choice
 from saqcli.searchers.problem import SearchProblem, SearchResult
 from saqcli.searchers.separable import relative_noise
-from saqcli.searchers.supernet import comparing, measured, score_all
+from saqcli.searchers.supernet import Comparison, score_all
 from saqcli.searchers.uniforms import largest_uniform
 from saqcli.training.options import check_count
 
@@ -61,10 +61,10 @@ class RandomSearch:
         """Draw, score, take the best."""
         generator = torch.Generator().manual_seed(problem.seed)
         choices = Sampler(problem.space, problem.budget, generator).draw_distinct(self.draws)
-        scorer = comparing(problem)
+        scorer = Comparison(problem)
         best = score_all(problem, scorer, choices)
 
         def propose(budget: Budget) -> list[list[int]]:
             return Sampler(problem.space, budget, generator).draw_distinct(FRONT_DRAWS)
 
-        return SearchResult(list(best.choice), propose, **measured(problem, scorer, best.choice))
+        return scorer.result(best.choice, propose)

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from saqcli.progress import Task
 from saqcli.quant import convert
-from saqcli.quant.layer import QuantizedLayer, give_weights, quantized_layers, weights_taken
+from saqcli.quant.layer import QuantizedLayer, quantized_layers
 from saqcli.quant.products import QuantizedProduct, quantized_products
 from saqcli.searchers.knapsack import best_choice
 from saqcli.searchers.problem import Batch, SearchProblem, SearchResult
 from saqcli.searchers.separable import Losses, sums_over_batches
-from saqcli.searchers.supernet import Supernet
+from saqcli.searchers.supernet import ErrorShare, Supernet
 from saqcli.tasks import classification
 
 
@@ -54,6 +54,7 @@ class Sensitivity:
         batches = problem.images.scoring
         plain = {"weight_normalization": False, "clip_init": "error"}
         supernet = Supernet(replace(problem, scheme=problem.scheme.model_copy(update=plain)))
+        ErrorShare(supernet.model, problem.weight_error)
         quantizers = _QuantizerSwitch(supernet.model.eval())
         trials = sum(len(decision.options) for decision in decisions)
 
@@ -74,18 +75,16 @@ def _loss_increases(
     supernet: Supernet, batch: Batch, quantizers: "_QuantizerSwitch"
 ) -> Iterator[tuple[int, int, float]]:
     """Decision, option and increase of the summed loss of a batch."""
-    (images, labels), error = batch, supernet.problem.weight_error
+    images, labels = batch
     with _OutputCache(supernet.model) as cache:
         base = _summed_loss(supernet.model, images, labels)
         for index, decision in enumerate(supernet.problem.space.decisions):
             members = supernet.layers_of(index)
             cache.reuse_before(members)
-            owners = [layer for layer in members if not layer.tied_to]
-            with quantizers.on(members), weights_taken(owners):
+            with quantizers.on(members):
                 for option, bits in enumerate(decision.options):
                     for layer in members:
                         convert.set_bits(layer, bits)
-                    give_weights(owners, error)
                     yield index, option, _summed_loss(supernet.model, images, labels) - base
 
 

@@ -8,7 +8,7 @@ bits change means and variances (slimmable networks, arXiv:1812.08928).
 Configurations are scored on the scoring images at the starting point of fine-tuning: float weights with levels fitted
 at the configuration's bits, with the corrections of calibration. ``quantize`` with that policy and no epochs
 scores exactly that network. To be compared, those that will be trained are scored with a share of the quantization
-error of their weights (``comparing``).
+error of their weights (``Comparison``).
 """
 
 import copy
@@ -24,14 +24,9 @@ from torch import Tensor, nn
 from saqcli import distributed
 from saqcli.quant import calibration, convert
 from saqcli.quant.kernels.use import fused_on_cpu
-from saqcli.quant.layer import (
-    QuantizedLayer,
-    give_weights,
-    quantized_layers,
-    quantized_once,
-    weight_owners,
-)
-from saqcli.searchers.problem import Scored, SearchProblem
+from saqcli.quant.layer import QuantizedLayer, quantized_layers, quantized_once, weight_owners
+from saqcli.quant.quantizers.base import Quantizer
+from saqcli.searchers.problem import Propose, Scored, SearchProblem, SearchResult
 from saqcli.tasks.classification import Meter
 from saqcli.training.minimizers.base import running_statistics
 
@@ -150,33 +145,55 @@ def layers_before_norms(model: nn.Module, example: Tensor) -> dict[str, str]:
     return {norm: layers.pop() for norm, layers in behind.items() if len(layers) == 1}
 
 
+class ErrorShare:
+    """Leaves a share of the quantization error of a model's weights: Q(w) becomes w + share * (Q(w) - w).
+
+    Args:
+        model: with quantizers, which get a hook.
+        share: from 0 to 1; may be set at any time.
+    """
+
+    def __init__(self, model: nn.Module, share: float = 1.0) -> None:
+        self.share = share
+        for layer in weight_owners(model):
+            if isinstance(layer.weight_quantizer, Quantizer):
+                layer.weight_quantizer.register_forward_hook(self._moved)
+
+    def _moved(self, quantizer: Quantizer, given: tuple[Tensor], quantized: Tensor) -> Tensor | None:
+        return None if self.share == 1 else torch.lerp(quantizer.unrounded(given[0]), quantized, self.share)
+
+
 class CalibratedNetwork:
     """The network that fine-tuning would start from, at any configuration.
 
     Its weights are a copy of those of the problem's model at construction; levels are fitted at the first use.
-
-    Args:
-        problem: of the search; its model is in floating point.
-        weight_error: the share of the quantization error of weights that the network has; 1 in reality.
     """
 
-    def __init__(self, problem: SearchProblem, weight_error: float = 1.0) -> None:
-        self.problem, self.weight_error = replace(problem, model=copy.deepcopy(problem.model)), weight_error
+    def __init__(self, problem: SearchProblem) -> None:
+        self.problem = replace(problem, model=copy.deepcopy(problem.model))
         self._supernet: Supernet | None = None
         self._correct: Callable[[], None] = lambda: None
-        self._choice: tuple[int, ...] | None = None  # that the network is calibrated at
+        self._state: tuple[tuple[int, ...], float] | None = None  # choice and share that it is calibrated at
 
     def at(self, choice: Sequence[int]) -> nn.Module:
         """The network, calibrated at the bits of ``choice``; the same object each time, not to be changed."""
+        return self._calibrated(tuple(choice), 1.0)
+
+    def compared(self, choice: Sequence[int]) -> nn.Module:
+        """The same, with the share of the error of weights that the problem compares configurations with."""
+        return self._calibrated(tuple(choice), self.problem.weight_error)
+
+    def _calibrated(self, choice: tuple[int, ...], share: float) -> nn.Module:
         if self._supernet is None:
             self._supernet = Supernet(self.problem)
+            self._error = ErrorShare(self._supernet.model)
             self._correct = self.problem.corrections(self.problem.model)
-        if self._choice != tuple(choice):
-            self._choice = None  # until it is calibrated
+        if self._state != (choice, share):
+            self._state = None  # until it is calibrated
             self._supernet.select(choice)
-            give_weights(weight_owners(self._supernet.model), self.weight_error)
+            self._error.share = share
             self._correct()
-            self._choice = tuple(choice)
+            self._state = choice, share
         return self._supernet.model
 
 
@@ -253,22 +270,22 @@ class Scorer:
             self.scored[tuple(choice)] = Scored(tuple(choice), cost, *figures)
 
 
-def comparing(problem: SearchProblem) -> Scorer:
-    """A scorer with the share of the weights' error that the problem compares configurations with."""
-    return Scorer(problem, CalibratedNetwork(problem, problem.weight_error).at)
+class Comparison(Scorer):
+    """Scores with the share of the error of weights that the problem compares configurations with.
 
-
-def measured(problem: SearchProblem, compared: Scorer, choice: Sequence[int]) -> dict[str, Any]:
-    """What a result reports of ``choice``: ``score`` and ``scored``, calibrated, with the whole error of weights.
-
-    Args:
-        problem: of the search; its model is still in floating point.
-        compared: as of ``comparing``; what it has scored is reported if it had that error.
-        choice: the result.
+    Attributes:
+        whole: scores with the whole error, as results report them; the same object if the share is 1.
     """
-    scorer = compared if problem.weight_error == 1 else Scorer(problem, targets=compared.targets)
-    scorer(choice)
-    return {"score": scorer, "scored": list(scorer.scored.values())}
+
+    def __init__(self, problem: SearchProblem) -> None:
+        network = CalibratedNetwork(problem)
+        super().__init__(problem, network.compared)
+        self.whole = self if problem.weight_error == 1 else Scorer(problem, network.at, self.targets)
+
+    def result(self, choice: Sequence[int], propose: Propose) -> SearchResult:
+        """The result ``choice``, with what was scored with the whole error of weights, itself at least."""
+        self.whole(choice)
+        return SearchResult(list(choice), propose, self.whole, list(self.whole.scored.values()))
 
 
 def score_all(
@@ -295,7 +312,7 @@ def score_all(
             new = tuple(choice) not in scorer.scored
             found.append(scorer(choice))
             best = min(found, key=closeness)
-            task.advance(images=images if new else 0, best=best.top1, MBOPs=best.cost.bops / 1e6)
+            task.advance(images=images if new else 0, divergence=best.divergence, MBOPs=best.cost.bops / 1e6)
             problem.memory.offer(lambda: {**(extra_state or {}), key: scorer.state_dict()})
     return min(found, key=closeness)
 

@@ -95,7 +95,8 @@ def test_share_of_the_error_of_weights_is_a_keyword() -> None:
 
 
 @pytest.mark.parametrize(
-    ("searcher", "share", "expected"), [("error", 1.5, "from 0 to 1"), ("samq", 0.5, "trains weights itself")]
+    ("searcher", "share", "expected"),
+    [("error", 1.5, "from 0 to 1"), ("samq", 0.5, "counts the whole error")],
 )
 def test_impossible_share_is_refused(searcher: str, share: float, expected: str) -> None:
     net, data = trained()

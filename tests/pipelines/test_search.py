@@ -304,6 +304,9 @@ def test_quantize_without_epochs_matches_search_score(digits: Path, scoring: Pat
         ({"quantization.min_top1": 70.0}, 1.0),
         ({"quantization.searcher": "asga"}, 1.0),
         ({"quantization.searcher": "samq"}, 1.0),
+        ({"quantization.searcher": "uniform"}, 1.0),
+        ({"search.pareto": 3, "search.weight_error": 0.5}, 0.5),
+        ({"quantization.max_drop": 1.0, "search.weight_error": 0.5}, 0.5),
         ({"search.weight_error": 0.0}, 0.0),
         ({"search.weight_error": 1.0}, 1.0),
         ({"training.epochs": 0, "search.weight_error": 0.3}, 0.3),
@@ -315,10 +318,14 @@ def test_share_of_the_error_follows_what_comes_after(settings: dict[str, Any], s
 
 
 def test_share_of_the_error_is_said_and_recorded(network: list[object], tmp_path: Path) -> None:
-    """A search and the command that would train what it finds choose the same bits."""
-    budget = ("--budget", "w4a4", "--searcher", "error", "--candidates", "2,3,4,5,6,8")
+    """A search and the command that trains what it finds compare with half of it, and the whole is asked for."""
+    budget = ("--budget", "w4a4", "--searcher", "error")
+    plan = (*network[: -len(SMALL)], *budget, "--batch-size", 32, "--workers", 0, "--dry-run")
+    assert answer("search", *network, *budget, "--dry-run")["weight_error"] == 0.5
+    assert answer("quantize", *plan)["weight_error"] == 0.5
+    assert answer("quantize", *plan, "--epochs", 0)["weight_error"] == 1
     result = saq("search", *network, *budget, "--run-dir", tmp_path / "half")
-    assert "compared with 0.5 of the error of weights" in result.stderr
+    assert "compared with 0.5 of the quantization error of weights" in result.stderr
     whole = answer("search", *network, *budget, "--weight-error", 1, "--run-dir", tmp_path / "whole")
     half = json.loads((tmp_path / "half" / "search.json").read_text())
     assert (half["weight_error"], whole["weight_error"]) == (0.5, 1.0)
@@ -477,7 +484,8 @@ def test_unreachable_size_names_the_range(network: list[object], tmp_path: Path)
             "true or",
         ),
         (["--budget", "w4a4", "--searcher", "samq", "--epochs", 0.5], "whole number"),
-        (["--budget", "w4a4", "--searcher", "asga", "--weight-error", 0.5], "trains weights itself"),
+        (["--budget", "w4a4", "--searcher", "asga", "--weight-error", 0.5], "counts the whole error"),
+        (["--budget", "w4a4", "--searcher", "uniform", "--weight-error", 0.5], "or choose from hawq"),
         (["--budget", "w4a4", "--weight-error", 1.5], "less than or equal to 1"),
         (["--budget", "w4a4", "--searcher", "hawq", "--set", "search.options.hawq.samples=0"], "samples"),
         (["--budget", "w4a4", "--searcher", "samq", "--set", "search.optimizer=nope"], "nope"),

@@ -42,6 +42,21 @@ def test_same_result_as_a_new_search(kept: Path, digits: Path, tmp_path: Path) -
     assert (third["budget_bops"], third["size_bytes"] < again["size_bytes"]) == (None, True)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_scores_keep_their_share_of_the_error(share: float, digits: Path, tmp_path: Path) -> None:
+    """Searched again, and the result repeated, with the share that was measured, whatever the default."""
+    budget = ("--budget", "w3a3", "--searcher", "error", "--weight-error", share)
+    first = answer("search", *options(digits, *budget, "--run-dir", tmp_path / "first"))
+    again = answer(
+        "search", "--from", tmp_path / "first", "--budget", "w3a3", "--run-dir", tmp_path / "again"
+    )
+    assert again["policy"] == first["policy"]
+    assert again["weight_error"] == first["weight_error"] == share
+    assert json.loads((tmp_path / "again" / "scores.json").read_text())["weight_error"] == share
+    repeated = answer("rerun", tmp_path / "again", "--run-dir", tmp_path / "repeated")
+    assert repeated["identical"]
+
+
 def test_other_costs_and_fewer_candidates(kept: Path, tmp_path: Path) -> None:
     layers = json.loads((kept / "policy.json").read_text())["layers"]
     table = tmp_path / "costs.json"

@@ -7,18 +7,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saqcli.quant.calibration import in_floating_point
 from saqcli.quant.convert import Scheme
 from saqcli.quant.correction import Corrections
-from saqcli.quant.layer import give_weights, perturbed, weight_owners
+from saqcli.quant.cost import Budget
+from saqcli.quant.layer import perturbed, weight_owners
+from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.quant.search_space import Candidates, search_space
+from saqcli.quant.short_steps.absorb import absorb_norms
 from saqcli.searchers import Scorer, SearchProblem, closeness
 from saqcli.searchers.baselines import ErrorKnapsack, RandomSearch
 from saqcli.searchers.divergences import divergences
 from saqcli.searchers.hawq import HAWQ
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import measure_noise
-from saqcli.searchers.supernet import CalibratedNetwork, Supernet, comparing
+from saqcli.searchers.supernet import CalibratedNetwork, Comparison, Supernet
 from saqcli.searchers.swaps import Swaps
 from saqcli.searchers.uniforms import untied_uniforms
 from tests.support.searching import fresh, random_problem, tiny_problem
@@ -30,7 +32,8 @@ def apart(seed: int, share: float = 1.0) -> SearchProblem:
     """A random network whose weights and inputs have widths of their own."""
     problem = random_problem(seed)
     space = search_space("net", problem.space.costs, APART)
-    return replace(problem, space=space, weight_error=share)
+    budget = Budget(bops=(space.floor.bops + space.ceiling.bops) // 2)
+    return replace(problem, space=space, budget=budget, weight_error=share)
 
 
 def fewest(problem: SearchProblem) -> list[int]:
@@ -47,8 +50,9 @@ def outputs(model: nn.Module, problem: SearchProblem) -> Tensor:
 @pytest.mark.parametrize("seed", [1, 3, 4])
 def test_network_has_a_share_of_the_error(seed: int, share: float) -> None:
     """The same network as one whose quantized weights are moved towards float by hand."""
-    problem = apart(seed)
-    found = outputs(CalibratedNetwork(problem, share).at(fewest(problem)), problem)
+    problem = apart(seed, share)
+    network = CalibratedNetwork(problem)
+    found = outputs(network.compared(fewest(problem)), problem)
     whole = Supernet(fresh(problem)).at(fewest(problem))
     owners = weight_owners(whole)
     with torch.no_grad():
@@ -57,59 +61,71 @@ def test_network_has_a_share_of_the_error(seed: int, share: float) -> None:
             expected = outputs(whole, problem)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(found, outputs(whole, problem))
+    assert torch.equal(outputs(network.at(fewest(problem)), problem), outputs(whole, problem))
 
 
 def test_whole_error_is_the_calibrated_network() -> None:
     problem = apart(3)
     for choice in untied_uniforms(problem.space, problem.budget):
-        assert comparing(problem)(choice) == Scorer(problem)(choice)
+        assert Comparison(problem)(choice) == Scorer(problem)(choice)
 
 
-def test_normalized_weights_are_moved_towards_unrounded_ones() -> None:
-    """Not towards weights that are not normalized."""
-    scheme = Scheme(quantizer="clip", weight_normalization=True, restore_deviation=False)
+@pytest.mark.parametrize("quantizer", [name for name, entry in QUANTIZERS.items() if entry.weight])
+def test_every_quantizer_leaves_the_share(quantizer: str) -> None:
+    """Without error the weights are those before rounding, and half of it is halfway, whatever the quantizer."""
+    scheme = Scheme(quantizer=quantizer)
+    problem = tiny_problem("conv_bn", candidates=Candidates((2,)), scheme=scheme)
+    weights = {}
+    for share in (1.0, 0.5, 0.0):
+        network = CalibratedNetwork(replace(problem, weight_error=share))
+        layers = weight_owners(network.compared(fewest(problem)))
+        weights[share] = [layer.quantized_weight().detach() for layer in layers]
+    for layer, whole, half, none in zip(layers, weights[1.0], weights[0.5], weights[0.0], strict=True):
+        assert torch.equal(none, layer.effective_weight())
+        torch.testing.assert_close(half, (whole + none) / 2)
+        assert not torch.equal(whole, none)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_normalized_weights_are_moved_towards_normalized_ones(restored: bool) -> None:
+    scheme = Scheme(weight_normalization=True, restore_deviation=restored)
     problem = tiny_problem("conv_bn", candidates=Candidates((8,)), scheme=scheme)
-    model = CalibratedNetwork(problem, 0.0).at([0] * len(problem.space.decisions))
-    convolutions = [layer for layer in weight_owners(model) if layer.latent_weight().dim() == 4]
-    assert convolutions
-    for layer in convolutions:
-        given, quantized = layer.given_weight, layer.weight_quantizer(layer.effective_weight())
-        assert given is not None
-        torch.testing.assert_close(
-            given, quantized, rtol=0, atol=float(layer.weight_quantizer.step().detach().max())
-        )
-        assert not torch.equal(given, quantized)
+    problem = replace(problem, weight_error=0.0)
+    network = CalibratedNetwork(problem)
+    free, whole = (
+        [layer.quantized_weight().detach() for layer in weight_owners(at(fewest(problem)))]
+        for at in (network.compared, network.at)
+    )
+    for layer, moved, rounded in zip(weight_owners(network.at(fewest(problem))), free, whole, strict=True):
+        if layer.latent_weight().dim() == 4:
+            step = float(layer.weight_quantizer.step().detach().max())  # type: ignore[operator]
+            torch.testing.assert_close(moved, rounded, rtol=0, atol=step)
+            assert not torch.equal(moved, rounded)
+            assert moved.mean().abs() < 1e-6
+            assert restored or abs(float(moved.std()) - 1) < 1e-3
 
 
-def test_float_passes_take_no_given_weights() -> None:
-    """Corrections measure the float network while weights with a share of their error are given."""
-    problem = apart(3)
-    expected = outputs(fresh(problem).model, problem)
-    supernet = Supernet(fresh(problem))
-    model = supernet.at(fewest(problem))
-    give_weights(weight_owners(model), 0.5)
-    with in_floating_point(model):
-        assert torch.equal(outputs(model, problem), expected)
-    kept = [layer.given_weight for layer in weight_owners(model)]
-    assert all(weight is not None for weight in kept)
-
-
-def test_corrections_bring_the_compared_network_nearer() -> None:
-    """As they do with the whole error; measured against the float network, not against itself."""
-    problem = tiny_problem("conv_bn", candidates=Candidates((2,)))
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(short_steps=4)])
+def test_scores_do_not_depend_on_what_was_scored_before(scheme: Scheme) -> None:
+    """With corrections, which change latent weights where norms are absorbed; and they help."""
+    problem = replace(tiny_problem("conv_bn", candidates=Candidates((2, 3)), scheme=scheme), weight_error=0.5)
+    if scheme.short_steps:
+        assert absorb_norms(problem.model, problem.images.scoring[0][0])
     images = problem.images.scoring[0][0]
 
     def corrections(model: nn.Module) -> Any:
-        correct = Corrections(model, biases=True, norms=True)
+        correct = Corrections(model, biases=False, norms=True)
         return lambda: correct([images])
 
-    corrected = replace(problem, corrections=corrections, weight_error=0.5)
-    choice = fewest(problem)
-    plain, better = (
-        comparing(fresh(one))(choice)
-        for one in (replace(corrected, corrections=problem.corrections), corrected)
-    )
-    assert better.divergence < plain.divergence
+    corrected = replace(problem, corrections=corrections)
+    choices = [[index] * len(problem.space.decisions) for index in (0, 1)]
+    alone = [Comparison(fresh(corrected))(choice) for choice in choices]
+    together = Comparison(fresh(corrected))
+    for choice in (*choices, *choices):
+        together(choice)
+        together.scored.clear()
+    assert [together(choice) for choice in choices] == alone
+    assert alone[0].divergence < Comparison(fresh(problem))(choices[0]).divergence
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -176,13 +192,14 @@ def test_sensitivity_is_measured_with_the_share() -> None:
 @pytest.mark.parametrize("seed", [0, 2, 3])
 def test_swaps_compare_with_the_share(seed: int) -> None:
     """The result is no farther from float than any uniform configuration, each with the share of its error."""
-    problem = apart(seed, share=0.5)
-    found = Swaps(images=4, swaps=6).search(fresh(problem))
-    compare = comparing(fresh(problem))
+    problem = apart(seed, share=0.0)
+    found, whole = (Swaps(images=4, swaps=12).search(one) for one in (fresh(problem), apart(seed)))
+    compare = Comparison(fresh(problem))
     mine = closeness(compare(found.choice))
     assert all(
         mine <= closeness(compare(choice)) for choice in untied_uniforms(problem.space, problem.budget)
     )
+    assert mine < closeness(compare(whole.choice))
 
 
 @pytest.mark.parametrize("searcher", [Swaps(images=4, swaps=4), RandomSearch(draws=6)])
@@ -192,22 +209,12 @@ def test_results_report_the_whole_error(searcher: Any) -> None:
     assert found.score is not None
     assert list(found.scored) == [Scorer(fresh(problem))(found.choice)]
     assert found.score(found.choice) == found.scored[0]
+    assert found.scored[0] != Comparison(fresh(problem))(found.choice)
 
 
 def test_random_takes_the_nearest_with_the_share() -> None:
-    whole, part = (RandomSearch(draws=12).search(apart(3, share)) for share in (1.0, 0.0))
-    compare = comparing(apart(3, 0.0))
-    assert min((one.choice for one in whole.scored), key=lambda choice: closeness(compare(choice))) == tuple(
-        part.choice
-    )
-
-
-def test_quantized_weights_serve_again_after_the_whole_error() -> None:
-    problem = apart(1)
-    supernet = Supernet(fresh(problem))
-    model = supernet.at(fewest(problem))
-    before = outputs(model, problem)
-    give_weights(weight_owners(model), 0.5)
-    assert not torch.equal(outputs(model, problem), before)
-    give_weights(weight_owners(model), 1.0)
-    assert torch.equal(outputs(model, problem), before)
+    whole, part = (RandomSearch(draws=12).search(apart(0, share)) for share in (1.0, 0.0))
+    compare = Comparison(apart(0, 0.0))
+    nearest = min((one.choice for one in whole.scored), key=lambda choice: closeness(compare(choice)))
+    assert nearest == tuple(part.choice)
+    assert nearest != tuple(whole.choice)

@@ -142,6 +142,8 @@ def _search(plan: dict[str, Any]) -> list[str]:
     inputs = config["quantization"]["activation_candidates"]
     words = {"same": "the same, chosen apart", "tied": "tied to weights"}
     text += f", inputs {words[inputs] if isinstance(inputs, str) else ', '.join(map(str, inputs))}"
+    if plan["weight_error"] != 1:
+        text += f", compared with {plan['weight_error']:g} of the error of weights"
     if config["search"]["epochs"] is not None:
         text += f", {counted(config['search']['epochs'], 'epoch')}"
     if config["search"]["pareto"]:

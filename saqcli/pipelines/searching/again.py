@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from saqcli.config import RunConfig
 from saqcli.errors import ConfigError, Problems
 from saqcli.pipelines.bits import check_bits, scheme_of, search_budget, space_of
-from saqcli.pipelines.find_bits import BoundSearch, FoundBits
+from saqcli.pipelines.find_bits import BoundSearch, FoundBits, explain_weight_error
 from saqcli.pipelines.search import save_search
 from saqcli.pipelines.setup import load_float, wrap_and_trace
 from saqcli.progress import SILENT, Progress
@@ -115,13 +115,15 @@ def search_again(
             f"{source} measured its scores with `search.weight_error={scores.weight_error:g}`: remove "
             f"`search.weight_error={config.search.weight_error:g}`, or search again"
         )
+    kept = {"weight_error": scores.weight_error}  # by which a new search, as of `saq rerun`, finds the same
+    config = config.model_copy(update={"search": config.search.model_copy(update=kept)})
     section = config.model.model_copy(update={"pretrained": False, "weights": None})
     network = wrap_and_trace(load_float(section, SILENT), config.quantization)
     start = time.perf_counter()
     space = space_of(config.quantization, network)
     losses = scores.of(space, str(source))
     asked, budget = search_budget(config.quantization, network, space)
-    for line in space.outlook(asked):
+    for line in (*space.outlook(asked), *explain_weight_error(scores.weight_error)):
         progress.note(line)
     space.check_reachable(asked)
     choice = best_choice(space, budget, losses)

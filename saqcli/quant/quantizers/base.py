@@ -159,6 +159,10 @@ class Quantizer(nn.Module, ABC):
         codes = codes_of(x.detach().float(), self.step(), grid)
         return codes if isinstance(grid, LevelTable) else codes.to(torch.int32)
 
+    def unrounded(self, weight: Tensor) -> Tensor:
+        """The weight that ``self(weight)`` has the error of: ``weight``, or a normalized one in its place."""
+        return weight
+
     def fold(self, weight: Tensor) -> "tuple[Quantizer, Tensor]":
         """The plain form: a quantizer without a transformation, and the weight for it.
 

@@ -119,6 +119,11 @@ class NormalizedClipWeight(ClipWeight):
         return PUBLISHED_LEVEL
 
     @torch.no_grad()
+    def unrounded(self, weight: Tensor) -> Tensor:
+        """``weight`` normalized."""
+        return self.fold(weight)[1]
+
+    @torch.no_grad()
     def fold(self, weight: Tensor) -> tuple[Quantizer, Tensor]:
         """``plain`` with levels ``a * std``, and ``weight`` minus its mean; without ``std`` if that is dropped."""
         mean, deviation = _mean_and_deviation(weight)

@@ -33,7 +33,7 @@ from saqcli.searchers.knapsack import Sampler, best_choice
 from saqcli.searchers.problem import SearchProblem
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import Losses, relative_noise
-from saqcli.searchers.supernet import Scorer, comparing
+from saqcli.searchers.supernet import Comparison, Scorer
 from saqcli.searchers.swaps import simple_choices
 from saqcli.searchers.uniforms import untied_uniforms
 
@@ -80,14 +80,16 @@ def measure(wanted: argparse.Namespace) -> None:
     problem = dataclasses.replace(problem, weight_error=1.0)
     space, budget = problem.space, problem.budget
     half = dataclasses.replace(problem, weight_error=TO_BE_TRAINED)
-    scorer, of_half = Scorer(problem), comparing(half)
+    scorer, of_half = Scorer(problem), Comparison(half)
     losses = sums(problem, scorer) | from_divergences(half, of_half, HALF)
     drawn = Sampler(space, budget, torch.Generator().manual_seed(0)).draw_distinct(wanted.configurations)
     kinds = [("random", choice) for choice in drawn]
     kinds += [(name, best_choice(space, budget, each)) for name, each in losses.items()]
     kinds += [("untied", choice) for choice in untied_uniforms(space, budget)]
     asked = {"budget": wanted.budget, "epochs": wanted.epochs, "lr": wanted.lr}
-    trained = {tuple(line["choice"]): line for line in read(wanted.trained)} if wanted.trained else {}
+    known = read(wanted.trained) if wanted.trained else []
+    same = {**asked, "model": wanted.model}
+    trained = {tuple(line["choice"]): line for line in known if same.items() <= line.items()}
     done = {tuple(line["choice"]) for line in read(results) if asked.items() <= line.items()}
     for kind, choice in kinds:
         if tuple(choice) in done:

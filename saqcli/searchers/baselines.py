@@ -6,8 +6,8 @@ random configurations: any search must beat it at the same cost.
 ``ErrorKnapsack`` uses the quantization error alone: it takes seconds, trains nothing and solves an exact knapsack. To
 first order the output noise of a layer, relative to its signal, is the sum of the noise-to-signal ratios of its weight
 and of its input, each on the scheme's grid at the level of least squared error, whatever the quantizer. The searcher
-minimizes the sum of these over all layers under the budget. It ignores how much a layer's noise matters to the loss;
-a learned search must beat it.
+minimizes the sum of these over all layers under the budget (of the error of weights, the share
+``SearchProblem.weight_error``). It ignores how much a layer's noise matters to the loss; a learned search must beat it.
 """
 
 import torch

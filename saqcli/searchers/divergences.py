@@ -7,8 +7,9 @@ backward pass,
 
     loss of a width = 1/2 * mean over images of (g . (Q(x) - x))**2
 
-for the weights of a layer or for its input. The products keep the errors of a tensor together: errors that cancel in
-the sums of a layer cost nothing, unlike in HAWQ, which knows their mean square alone. Labels do not enter.
+for the weights of a layer, of whose error the share ``SearchProblem.weight_error`` counts, or for its input. The
+products keep the errors of a tensor together: errors that cancel in the sums of a layer cost nothing, unlike in HAWQ,
+which knows their mean square alone. Labels do not enter.
 
 Probabilities are softened, as in distillation. A network is certain of most images, above all of those that it was
 trained on. At temperature 1 their F nearly vanishes and a few others decide the sum, though larger noise, beyond

@@ -8,7 +8,7 @@ direction that is
 for the weights of a layer, and in the same way for its inputs, where H is the Hessian of one image's loss with respect
 to the layer's input. Traces come from Hutchinson's estimate: random signs z over all tensors at once,
 tr H_l = E <z_l, (H z)_l>, since the blocks between two tensors average to zero. The losses are summed over layers, and
-the knapsack is solved exactly.
+the knapsack is solved exactly. Of the error of weights the share ``SearchProblem.weight_error`` counts.
 
 Source: HAWQ-V2 (Dong et al., arXiv:1911.03852), sections 3.2 and 3.3. Differs from the paper: weights and inputs are in
 one sum, so both decide one width where they are tied; and an integer program replaces the Pareto frontier, as in

@@ -98,8 +98,8 @@ class SearchResult:
         choice: the best configuration found, within the budget: one option index per decision.
         propose: configurations of the same search for other budgets, at least one for a reachable budget and all
             within it, without further training.
-        score: scores a configuration, calibrated; None if the search scored nothing.
-        scored: every configuration that was scored.
+        score: scores a configuration, calibrated, with the whole error of weights; None if the search scored nothing.
+        scored: every configuration that was scored, with the whole error of weights.
         losses: of every option, by decision, if the search minimizes their sum: kept in the run, so that it can be
             solved again for another budget.
     """

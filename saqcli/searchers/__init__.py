@@ -14,7 +14,8 @@ costs, the budget, images, an optimizer and a memory. It returns a ``SearchResul
 - ``SearchSpace.check_reachable`` comes first: it refuses a budget below the smallest reachable cost.
 - ``propose`` returns at least one configuration for any reachable budget, each within it.
 - Equal problems with equal seeds give equal results, whatever the state of torch's global random numbers.
-- What it scores, it reports: ``scored`` holds the scores, and ``score`` gives the same ones again.
+- What it scores with the whole error of weights, it reports: ``scored`` holds the scores, and ``score`` gives the same
+  ones again.
 - One that takes longer than minutes offers its state to the memory after every step, and resumes from there.
 - Invalid options raise ``ConfigError`` (``saqcli.training.options`` has the checks). ``search.epochs`` and
   ``search.rho`` arrive as the options ``epochs`` and ``rho``, all others from ``search.options.NAME.OPTION``.

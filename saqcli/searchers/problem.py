@@ -73,7 +73,8 @@ class Scored(NamedTuple):
     Attributes:
         choice: one option index per decision.
         cost: of the configuration.
-        top1: percent, on the scoring images, at the starting point of fine-tuning; NaN without labels, as the loss.
+        top1: percent, on the scoring images, at the starting point of fine-tuning, from ``Comparison`` with a share of
+            the error of weights; NaN without labels, as the loss.
         loss: mean cross-entropy on the same images.
         divergence: mean Kullback-Leibler divergence of its class probabilities from those of the float network, in
             nats, on the same images; labels do not enter. NaN where unknown.

@@ -302,12 +302,14 @@ def test_uniform_pairs_are_the_widest() -> None:
         assert not dearer
 
 
-@pytest.mark.parametrize(("make", "seed"), [(random_problem, 1), (random_problem, 27), (raced_problem, 31)])
+@pytest.mark.parametrize(
+    ("make", "seed", "share"), [(random_problem, 1, 0.5), (random_problem, 27, 1.0), (raced_problem, 31, 0.5)]
+)
 @pytest.mark.parametrize("stop_after", [1, 6, 12, 16])
 def test_interrupted_swaps_resume_bit_identically(
-    make: Callable[[int], SearchProblem], seed: int, stop_after: int
+    make: Callable[[int], SearchProblem], seed: int, share: float, stop_after: int
 ) -> None:
-    problem = make(seed)
+    problem = replace(make(seed), weight_error=share)
     settings = {"images": 4, "scoring": 1, "swaps": 12}
     straight = Swaps(**settings).search(fresh(problem))
     memory = Stopping(stop_after)

@@ -14,16 +14,17 @@ from saqcli.quant.layer import perturbed, weight_owners
 from saqcli.quant.quantizers import QUANTIZERS
 from saqcli.quant.search_space import Candidates, search_space
 from saqcli.quant.short_steps.absorb import absorb_norms
+from saqcli.quant.short_steps.rescaling import can_rescale
 from saqcli.searchers import Scorer, SearchProblem, closeness
 from saqcli.searchers.baselines import ErrorKnapsack, RandomSearch
 from saqcli.searchers.divergences import divergences
 from saqcli.searchers.hawq import HAWQ
 from saqcli.searchers.sensitivity import Sensitivity
 from saqcli.searchers.separable import measure_noise
-from saqcli.searchers.supernet import CalibratedNetwork, Comparison, Supernet
-from saqcli.searchers.swaps import Swaps
+from saqcli.searchers.supernet import CalibratedNetwork, Comparison, ErrorShare, Supernet
+from saqcli.searchers.swaps import Swaps, _Race
 from saqcli.searchers.uniforms import untied_uniforms
-from tests.support.searching import fresh, random_problem, tiny_problem
+from tests.support.searching import fresh, random_problem, search_images, tiny_problem
 
 APART = Candidates((2, 3, 4), (2, 3, 4))
 
@@ -128,6 +129,35 @@ def test_scores_do_not_depend_on_what_was_scored_before(scheme: Scheme) -> None:
     assert alone[0].divergence < Comparison(fresh(problem))(choices[0]).divergence
 
 
+def test_corrections_are_those_of_the_compared_network() -> None:
+    problem = replace(tiny_problem("conv_bn", candidates=Candidates((2,))), weight_error=0.5)
+    images, choice = problem.images.scoring[0][0], fewest(problem)
+
+    def corrections(model: nn.Module) -> Any:
+        correct = Corrections(model, biases=True, norms=True)
+        return lambda: correct([images])
+
+    network = CalibratedNetwork(replace(fresh(problem), corrections=corrections))
+    by_hand = Supernet(fresh(problem)).at(choice)
+    ErrorShare(by_hand, 0.5)
+    corrections(by_hand)()
+    assert torch.equal(outputs(network.compared(choice), problem), outputs(by_hand, problem))
+    assert not torch.equal(outputs(network.at(choice), problem), outputs(by_hand, problem))
+
+
+@pytest.mark.parametrize("quantizer", ["clip", "dorefa"])
+def test_weights_can_be_rescaled_with_a_share(quantizer: str) -> None:
+    """Absorbed norms are corrected in the weights; what a hook makes of Q(w) is not compared."""
+    scheme = Scheme(quantizer=quantizer, short_steps=4)
+    problem = tiny_problem("conv_bn", candidates=Candidates((8,)), scheme=scheme)
+    model = Supernet(fresh(problem)).at(fewest(problem))
+    layers = weight_owners(model)
+    able = [can_rescale(layer) for layer in layers]
+    ErrorShare(model, 0.5)
+    assert [can_rescale(layer) for layer in layers] == able
+    assert any(able)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_losses_of_weights_are_quadratic_in_the_share(share: float) -> None:
     problem = apart(3)
@@ -144,7 +174,7 @@ def test_losses_of_weights_are_quadratic_in_the_share(share: float) -> None:
 
 
 @pytest.mark.parametrize("searcher", [ErrorKnapsack(), HAWQ(samples=1), Sensitivity()])
-def test_weights_without_error_get_the_fewest_bits(searcher: Any) -> None:
+def test_weights_without_error_cost_nothing(searcher: Any) -> None:
     """With a share of 0 nothing is gained by more bits of weights."""
     problem = apart(3, share=0.0)
     found = searcher.search(fresh(problem))
@@ -189,17 +219,35 @@ def test_sensitivity_is_measured_with_the_share() -> None:
             layer.weight_quantizer = layer.input_quantizer = nn.Identity()
 
 
-@pytest.mark.parametrize("seed", [0, 2, 3])
-def test_swaps_compare_with_the_share(seed: int) -> None:
+@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("scoring", [1, 512])
+def test_swaps_compare_with_the_share(seed: int, scoring: int) -> None:
     """The result is no farther from float than any uniform configuration, each with the share of its error."""
     problem = apart(seed, share=0.0)
-    found, whole = (Swaps(images=4, swaps=12).search(one) for one in (fresh(problem), apart(seed)))
+    images = search_images((1, 1, problem.model.width), seed, batches=4)
+    problem = replace(problem, images=images)
+    shared, whole = (
+        Swaps(images=4, swaps=12, scoring=scoring).search(fresh(problem, weight_error=share))
+        for share in (0.0, 1.0)
+    )
     compare = Comparison(fresh(problem))
-    mine = closeness(compare(found.choice))
+    mine = closeness(compare(shared.choice))
     assert all(
         mine <= closeness(compare(choice)) for choice in untied_uniforms(problem.space, problem.budget)
     )
     assert mine < closeness(compare(whole.choice))
+
+
+def test_first_images_are_compared_with_the_share_too() -> None:
+    problem = apart(0, share=0.0)
+    problem = replace(problem, images=search_images((1, 1, problem.model.width), 0, batches=4))
+    first = problem.images.scoring[:1]
+    race = _Race(fresh(problem), first, {})
+    start = tuple(fewest(problem))
+    race.start([start], [start])
+    assert race.measured == [
+        Comparison(replace(problem, images=replace(problem.images, scoring=first)))(start)
+    ]
 
 
 @pytest.mark.parametrize("searcher", [Swaps(images=4, swaps=4), RandomSearch(draws=6)])

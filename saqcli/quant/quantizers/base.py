@@ -131,7 +131,7 @@ class Quantizer(nn.Module, ABC):
         best, lowest = fitted, torch.full_like(fitted, torch.inf)
         for short in nearby(step if least is None else torch.maximum(step, least), bits):
             row.copy_(fitted * (short / step))
-            error = reduce_to((self(x) - x).abs_().pow_(self.error_power), self.shape, "sum")
+            error = reduce_to((self.forward(x) - x).abs_().pow_(self.error_power), self.shape, "sum")
             if least is not None:
                 error = torch.where(short < least, torch.inf, error)
             best, lowest = torch.where(error < lowest, row, best), torch.minimum(error, lowest)

@@ -61,7 +61,8 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
         return False
     tensors = tensors_of(layer)
     before = [tensor.clone() for tensor in tensors]
-    codes, wanted = quantizer.codes(weight), quantizer(weight).double() * factors
+    # `forward`, since hooks may move what the quantizer returns
+    codes, wanted = quantizer.codes(weight), quantizer.forward(weight).double() * factors
     for level in tensors[1:]:
         level.copy_(level.double() * factors)
     for scaled in (
@@ -70,7 +71,7 @@ def rescale(layer: QuantizedLayer, factors: Tensor) -> bool:
     ):  # before[0]: codes may not depend on the scale
         moved = quantizer.codes(scaled) != codes
         weight.copy_(torch.where(moved, (quantizer.step() * codes).to(weight), scaled))
-        quantized = quantizer(weight).double()
+        quantized = quantizer.forward(weight).double()
         close = torch.allclose(quantized, wanted, rtol=1e-5, atol=0)
         if close and torch.equal(quantizer.codes(weight), codes):
             return True

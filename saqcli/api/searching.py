@@ -31,13 +31,8 @@ from saqcli.serialization import parse_object
 from saqcli.target import Target, deployment_of
 from saqcli.training.optimizer import make_optimizer
 
-ONLY_SEARCH = (
-    "options",
-    "activation_candidates",
-    "cost",
-    "lr",
-    "weight_error",
-)  # keywords that quantize_model has not
+# keywords that quantize_model has not
+ONLY_SEARCH = ("options", "activation_candidates", "cost", "lr", "weight_error")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A search compares configurations with a share of the error of weights, and reports them with all of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,16 @@ def outputs(model: nn.Module, problem: SearchProblem) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(problem.images.scoring[0][0])
     return found
+
+
+def correcting(images: Tensor, *, biases: bool) -> Callable[[nn.Module], Callable[[], None]]:
+    """The corrections of a problem: of norms, and biases if wanted."""
+
+    def corrections(model: nn.Module) -> Callable[[], None]:
+        correct = Corrections(model, biases=biases, norms=True)
+        return lambda: correct([images])
+
+    return corrections
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
@@ -114,11 +125,7 @@ def test_scores_do_not_depend_on_what_was_scored_before(scheme: Scheme) -> None:
         assert absorb_norms(problem.model, problem.images.scoring[0][0])
     images = problem.images.scoring[0][0]
 
-    def corrections(model: nn.Module) -> Any:
-        correct = Corrections(model, biases=False, norms=True)
-        return lambda: correct([images])
-
-    corrected = replace(problem, corrections=corrections)
+    corrected = replace(problem, corrections=correcting(images, biases=False))
     choices = [[index] * len(problem.space.decisions) for index in (0, 1)]
     alone = [Comparison(fresh(corrected))(choice) for choice in choices]
     together = Comparison(fresh(corrected))
@@ -133,11 +140,8 @@ def test_corrections_are_those_of_the_compared_network() -> None:
     problem = replace(tiny_problem("conv_bn", candidates=Candidates((2,))), weight_error=0.5)
     images, choice = problem.images.scoring[0][0], fewest(problem)
 
-    def corrections(model: nn.Module) -> Any:
-        correct = Corrections(model, biases=True, norms=True)
-        return lambda: correct([images])
-
-    network = CalibratedNetwork(replace(fresh(problem), corrections=corrections))
+    corrections = correcting(images, biases=True)
+    network = CalibratedNetwork(fresh(problem, corrections=corrections))
     by_hand = Supernet(fresh(problem)).at(choice)
     ErrorShare(by_hand, 0.5)
     corrections(by_hand)()
